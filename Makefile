@@ -1,7 +1,7 @@
 # make test | test-all | test-instruction-sets | lint | docs | sanitize | arm | kernels-report | triton-versions | demo |
 #   bench | bench-avx2 | gpu | clean
 #
-# Each target creates the virtual environment it needs. To use another PyTorch: make test TORCH=torch
+# Each target creates the virtual environment it needs. To use another PyTorch: make test TORCH=torch==2.6.0
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,8 +10,8 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench bench-avx2 \
-  gpu clean
+.PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench \
+  bench-avx2 gpu clean FORCE
 
 # Tests run in parallel, with one thread each. `make test` skips tests marked slow, most of which have faster
 # tests of the same code; `make test-all` runs every test.
@@ -119,7 +119,11 @@ $(DEMO_VENV)/installed: pyproject.toml setup.py $(shell find fastntxent csrc -na
 	$(DEMO_VENV)/bin/pip install --progress-bar on --disable-pip-version-check $(TORCH) ".[simclr]"
 	touch $@
 
-$(VENV)/installed: pyproject.toml setup.py
+# Holds the value of TORCH, so that another value installs that PyTorch.
+$(VENV)/torch: FORCE
+	@mkdir -p $(VENV) && { echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@; }
+
+$(VENV)/installed: pyproject.toml setup.py $(VENV)/torch
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,lint]"
 	touch $@
@@ -133,4 +137,5 @@ $(VENV)/docs: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info fastntxent/_*.so fastntxent/_*.pyd .mypy_cache .pytest_cache .ruff_cache \
+	  .hypothesis

@@ -22,9 +22,8 @@ from typing import NamedTuple
 class Rates(NamedTuple):
     """Rates per second of a whole chip. `cycles` counts the cycles of all multiprocessors. `product`, `tf32` and
     `by_warps` are flops: in 16 bits, in TF32, and in 16 bits with mma.sync. `exp` counts exponentials. `shared` (128
-    per cycle per multiprocessor), `memory` and `cache` (the L2 cache) are bytes. Two fields are not such
-    rates: `l2` is the L2 cache's size in bytes, and `float32` the float32 operations per cycle of one
-    multiprocessor."""
+    per cycle per multiprocessor), `memory` and `cache` (the L2 cache) are bytes. Two fields are not rates per second:
+    `l2` is the L2 cache's size in bytes, and `float32` the float32 operations per cycle of one multiprocessor."""
 
     cycles: float
     product: float
@@ -43,7 +42,7 @@ class Chip(NamedTuple):
 
     Attributes:
         backend: with `arch` and `warp`, identifies the chip to Triton.
-        family: the family in the table of tiles whose tiles the chip uses.
+        family: the key in the table of tiles under which the chip's tiles are found.
         matrix: a pattern for its newest matrix instruction in the assembly code.
         shared: most bytes of shared memory of one program.
         shared_of_all: bytes of shared memory of all programs on a multiprocessor.
@@ -72,7 +71,7 @@ class Chip(NamedTuple):
     def resident(self, registers: int | None, shared: int, num_warps: int, tensor_columns: int = 0) -> int | None:
         """Return the number of programs that an NVIDIA multiprocessor holds at once, or None if `threads` or
         `registers` is unknown. Registers are allocated per warp in multiples of eight per thread. Tensor memory, where
-        a chip has it, is 512 columns."""
+        a chip has it, has 512 columns."""
         if self.threads is None or registers is None:
             return None
         by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)

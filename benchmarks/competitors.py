@@ -45,7 +45,7 @@ def our_loss(name: str, temperature: float, normalize: bool = True) -> Loss:
 
 
 def _compiled(temperature: float) -> Loss:
-    torch.compiler.reset()  # a user compiles for one size, so nothing compiled for another is reused
+    torch.compiler.reset()  # a user compiles for a single size, so reuse nothing compiled for another size
     return torch.compile(lambda z_i, z_j: losses.dense(z_i, z_j, temperature), dynamic=False)
 
 

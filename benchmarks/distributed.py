@@ -193,8 +193,8 @@ def _link(block: Tensor, turn: int) -> Phases:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Phases]:
-    """Measure the seconds that this block spends in the kernels of losses across ranks, and in waiting for other
-    ranks."""
+    """Measure the seconds that the `with` block spends in the kernels that losses across ranks call, and in waiting for
+    other ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
     waiting = wire._waiting
 

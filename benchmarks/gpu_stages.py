@@ -2,7 +2,7 @@
 
 A stage consists of parts, and each part is one command. A part passes if its command exits with 0 and, if the part
 names an output file, has written this file. If the tool that a part needs is not installed, the part's status is
-"missing", which does not count as a failure. A part is stopped after ten minutes.
+"missing", which does not count as a failure. A part is stopped after LIMIT seconds, just under ten minutes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Restrict the CPU kernels to an instruction set, in this process and in processes started with the arguments of
-`module`.
+"""Restrict the CPU kernels to an instruction set, in this process and in processes started with the arguments that
+`module` returns.
 
 python -m benchmarks.instruction_set: print the set in use.
 python -m benchmarks.instruction_set SET MODULE ...: run a module with this set.

@@ -132,7 +132,7 @@ class CompiledKernel(NamedTuple):
         resident: number of programs that a multiprocessor holds at once.
         products: number of products of tiles.
         fresh: number of products whose accumulator starts at zero.
-        restored: number of multiply-adds that add the result of a product to a sum, and on the way make up for the
+        restored: number of multiply-adds that add the result of a product to a sum and at the same time make up for the
             matrix units' truncation (`add_product` in tiles.py).
         repeated: number of products in which some warps repeat the work of others, because the tile is too small for so
             many warps.
@@ -184,14 +184,14 @@ class CompiledKernel(NamedTuple):
 
     @property
     def tensor_cycles(self) -> float:
-        """Cycles that a multiprocessor's matrix units need for such an iteration, at their full rate for this tile."""
+        """Cycles that a multiprocessor's matrix units need for these `flops`, at their full rate for this tile."""
         chip = CHIPS[self.target]
         return self.flops / rate(chip, self.dtype, self.tile) * chip.known_rates.cycles
 
     @property
     def limit(self) -> Limit | None:
-        """The kernel's entry in LIMITS. None for other dtypes, for the variant "general", for the shifted regime, and
-        for any tile other than the one that the table has for the largest batches."""
+        """The kernel's entry in LIMITS. None for dtypes other than bfloat16, for variants other than "usual", for the
+        shifted regime, and for any tile other than the one that the table has for the largest batches."""
         from fastntxent.backends.triton import config, pack
 
         family, DP = CHIPS[self.target].family, pack.padded_features(self.d)

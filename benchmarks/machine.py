@@ -84,7 +84,7 @@ CLOCKS: dict[str, Clock] = {"cpu": HostClock(), "cuda": CudaClock()}
 
 
 def gemm_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Callable[[], float], float]:
-    """Return a function that computes a square product and returns its seconds. Also return the product's flops."""
+    """Return (call, flops). call() multiplies two square matrices in `flops` flops and returns the seconds."""
     size, clock = GEMM_SIZE[device], CLOCKS[device]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
 
@@ -119,7 +119,7 @@ def gemm_rate(repeats: int = 3) -> float:
 
 
 def floor(n: int, d: int, rate: float) -> float:
-    """Return the seconds that twice 2 M^2 D flops take, M = 2N, at a rate in flops per second."""
+    """Return the seconds that 2u flops take at `rate` flops per second, with u = 2 M^2 D and M = 2N."""
     return 2 * (2 * (2 * n) ** 2 * d) / rate
 
 

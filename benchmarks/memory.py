@@ -35,15 +35,15 @@ class MemoryRow(TypedDict):
     extra_bytes: int
     s: float
     steps: int
-    gemm_gflops: list[float]  # before and after
-    times_floor: NotRequired[float]  # this and the following: suite scaling
+    gemm_gflops: list[float]  # rates of a matrix product before and after the steps
+    times_floor: NotRequired[float]  # this figure and the next two are set by the suite `scaling`
     growth: NotRequired[float]
     growth_normalised: NotRequired[float]
 
 
 def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> MemoryRow:
-    """Measure a loss in a new process. Return the peak memory of its steps, their median time over `seconds`, and the
-    GEMM's rate before and after."""
+    """Measure a loss in a new process. Return the peak memory of its steps, their median time over `seconds`, and
+    the rates of a matrix product before and after the steps."""
     command = [sys.executable, *instruction_set.module("benchmarks.memory"), name, str(n), str(d), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
     if done.returncode:

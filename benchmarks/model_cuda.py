@@ -4,9 +4,9 @@ In each phase a block runs its tasks one after the other. Between two phases, th
 barrier, which takes BARRIER. A task loops over tiles of columns, and a tile loops over steps of one chunk of features
 each. The time of a task is the sum of
 
-    steps    for each step, the longest of four times: of its instructions, of its products, of its bytes from the L2
-             cache, and of its latency. The latency is that of a barrier, a wait for copies and a load from shared
-             memory (SYNC each), and then of four products that add to the same sums (PRODUCT each)
+    steps    for each step, the longest of four times: its instructions, its products, its bytes from the L2 cache, and
+             its latency. The latency is the sum of a barrier, a wait for copies and a load from shared memory (SYNC
+             each), and four products that add to the same sums, one after the other (PRODUCT each)
     tiles    for each tile, the part outside its steps: exponentials and, in the gradient, the second product
     rest     the part outside the tiles, and two dependent loads (LOAD each) before the first tile
 
@@ -28,7 +28,7 @@ from .chips import CHIPS, Chip
 from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 
 PRODUCT = 33  # cycles
-BARRIER, BARRIERS = 1.5e-6, 3  # seconds, number: after packing, the sums, and finishing the rows
+BARRIER, BARRIERS = 1.5e-6, 3  # seconds of a barrier; one barrier after each of the phases pack, sums and finish
 # As in csrc/cuda/arguments.h.
 ROWS, CHUNK, GROUP, MOST_COL_SHARES, COL_WARPS = 32, 64, 3, 16, 4
 
@@ -154,8 +154,8 @@ def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], 
         name: time_of_phase(task, phase, cut, chip, parts)
         for task, (name, phase) in zip(tasks, phases.items(), strict=True)
     }
-    # Packing, finishing the rows and the totals take each of their instructions once. They also wait for loads from
-    # memory (FIRST) and from the L2 cache (LOAD).
+    # For packing, finishing the rows and the totals, each instruction is counted once. These parts also wait for loads
+    # from memory (FIRST) and from the L2 cache (LOAD).
     others = sum(loop.total([], lambda region: region.instructions) for loop in program.inner if not loop.tensor)
     cycles = (program.instructions + others) * WARPS / sass.SCHEDULERS + FIRST + 6 * LOAD
     times = {name: time.seconds for name, time in found.items()}

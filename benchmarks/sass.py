@@ -14,8 +14,8 @@ chunk of its features:
 If the code of a region branches, only one path is counted: the one with the most work for the matrix units, and if
 several have the same work, the shortest of these. So masks that few tiles need, spin-waits, slow paths of a division
 and code for diverged warps are not counted. `Region.most` is different: of the paths with the most work, it counts the
-longest, for a tile that needs its mask. Predicated instructions are always counted, since they are issued whether or
-not they have an effect.
+longest, which includes the mask. Predicated instructions are always counted, since they are issued whether or not they
+have an effect.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _region(graph: Graph, first: int | None) -> Region:
         return (sum(map(_flops, code)) or _kinds_of(code)["tensor"], 0), len(code)
 
     def most(node: int) -> tuple[tuple[float, int], int]:
-        """Return the work and the negative of the most instructions, so that the shortest path is the longest."""
+        """Return the work and minus the most instructions of a node, so that `shortest` finds the longest path."""
         return worth(node)[0], -(inner[node].most if node in inner else len(graph.blocks[node]))
 
     def own(way: Way) -> list[str]:

@@ -20,7 +20,8 @@ def run(arguments: argparse.Namespace) -> tuple[Sequence[Mapping[str, object]], 
 
 
 def _over_sizes(name: str, arguments: argparse.Namespace) -> list[memory.MemoryRow]:
-    """Return results from one process per size, with the seconds also as multiples of the floor at the GEMM's rate."""
+    """Measure each size in a separate process, and return the results. `times_floor` is the ratio of the seconds to
+    `machine.floor`, a comparison time at the GEMM's rate."""
     results = []
     for d in arguments.d or [128]:
         rows = []

@@ -199,7 +199,7 @@ def model_table(record: SuiteRecord) -> str:
 
 
 def tune_table(record: SuiteRecord) -> str:
-    """Return the tile of every class, and the milliseconds of the class's fastest tile."""
+    """Return the tile of every entry of the tile table, and the milliseconds of the entry's fastest candidate."""
     heads = ["chip", "kernel", "dtype", "D", "M", "tile", "ms"]
     rows = [
         [
@@ -243,8 +243,8 @@ def drop_ins_table(record: SuiteRecord) -> str:
 
 
 def distributed_table(record: SuiteRecord) -> str:
-    """Return bytes, milliseconds and parts of the milliseconds on several ranks, beside the model's figures, and other
-    losses' ratios to ours."""
+    """Return the bytes sent and the milliseconds of a step on several ranks, how these milliseconds are spent, the
+    model's predictions, and other losses' ratios to ours."""
     heads = ["ranks", "m", "D", "strategy", "bytes sent", "/ formula", "ms", "/ model", "products", "model", "waiting"]
     heads += ["transfers, model", "gathered / ours", "dense / ours"]
     rows = [

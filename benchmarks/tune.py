@@ -1,10 +1,10 @@
 """Suite `tune`: the Triton backend's table of tiles, from measurements on this GPU or, with --predict, from the model.
 
 The table has an entry for every kernel, number of bytes per feature, and class of rows and features. The candidates for
-an entry are tiles that compile without faults, such as spills, on this chip. Of these, the suite takes the --most
-fastest ones by the model. It times them in turn, each in a whole forward or backward. The fastest enters the table, and
-the ten shortest times enter the results. With --predict nothing is timed: among the tiles whose predicted times are
-within 3 % of the shortest, the largest enters the table.
+an entry are tiles that compile without faults, such as spills, on this chip. The suite keeps those with the shortest
+predicted times, at most --most of them, and times them in turn, each in a whole forward or backward. The fastest enters
+the table, and the ten shortest times enter the results. With --predict nothing is timed: among the tiles whose
+predicted times are within 3 % of the shortest, the largest enters the table.
 
 For some classes two kernels can do the same work. The entry of the preferred kernel (`direct`, `fused`) is null if its
 rival (`owned`; `form` with `gather`) was faster in the same run. A candidate whose result differs from that of the
@@ -185,7 +185,8 @@ def taking(kernel: str, tile: object) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Tune, and return the results. With --write, update the table after each kernel, so that none is lost."""
+    """Tune, and return the results. With --write, update the table after each kernel, so that an interruption loses
+    only the kernel in progress."""
     target = arguments.predict or _target()
     measured = None if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
@@ -232,7 +233,8 @@ def line(result: dict) -> str:
 
 
 def merge(table: dict, family: str, kernel: str, best: Best, measured: str | None) -> None:
-    """Replace the family's entries for a kernel. `measured` names the GPU that timed them; None if none did.
+    """Replace the family's entries for a kernel. `measured` names the GPU on which the tiles were timed, or is None if
+    they were predicted.
 
     Entries are ordered by rows, then by features. An entry is null if no tile fits or the kernel's rival was faster.
     """

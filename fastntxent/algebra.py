@@ -99,7 +99,7 @@ class _Product(torch.autograd.Function):
 
 
 class _TransformedProduct(_Product):
-    """A `_Product` with second derivatives, forward mode and vmap, which torch.compile does not trace."""
+    """A `_Product` that supports second derivatives, forward mode and vmap. torch.compile does not trace it."""
 
     generate_vmap_rule = True
 
@@ -155,7 +155,7 @@ def weighted_sum(neg_lse: Tensor, weights: Tensor) -> Tensor:
 
 
 def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
-    """Return x with its gradient multiplied by `scale`, through which no gradient flows."""
+    """Return x with its gradient multiplied by `scale`. `scale` itself gets no gradient."""
     return torch.where(x.isinf(), x, x + (scale - 1) * (x - x.detach()))  # inf - inf is NaN
 
 

@@ -54,7 +54,7 @@ class Batch(ABC):
         return self._replicated(logit_scale_factor(logit_scale, self.first, name))
 
     def factor(self, value: float | Tensor) -> float | Tensor:
-        """Return any other number that multiplies logits, without a check."""
+        """Return any other number that multiplies logits, in the form that methods take. Its value is not checked."""
         return self._replicated(factor(value, self.first))
 
     def bias(self, value: float | Tensor, name: str = "bias") -> Tensor:
@@ -64,7 +64,8 @@ class Batch(ABC):
         return replicated
 
     def _replicated(self, value: float | Tensor) -> float | Tensor:
-        """Return a number that is the same on all ranks. In a group its gradient is the mean over the ranks."""
+        """Return the given number, which is the same on all ranks. In a group, its gradient becomes the mean of the
+        ranks' gradients."""
         return value
 
     def beside(self, rows: Tensor) -> Batch:
@@ -302,18 +303,18 @@ class Batch(ABC):
     def sigmoid_at_once(
         self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, bias: Tensor, *, two_views: bool
     ) -> Tensor | None:
-        """Return SigLIP's loss of pairs, or NT-Logistic's loss of two views, reduced, from one call that also forms its
+        """Return the reduced SigLIP of pairs, or NT-Logistic if `two_views`, from one call that also forms its
         gradient, or None if there is no such call."""
         return None
 
     def soft_dots_at_once(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor | None:
-        """Return the total of all sums of `soft_dots` (0-d) from one call that also forms its gradient, or None if
-        there is no such call."""
+        """Return the sum of all expectations of `soft_dots` (0-d) from one call that also forms its gradient, or None
+        if there is no such call."""
         return None
 
     def sup_con_at_once(self, z: Tensor, ids: Tensor, inv_tau: float | Tensor, form: str) -> Tensor | None:
-        """Return SupCon's loss of embeddings (M, D), reduced, from one call that also forms its gradient, or None if
-        there is no such call."""
+        """Return the reduced SupCon of embeddings (M, D) from one call that also forms its gradient, or None if there
+        is no such call."""
         return None
 
     def neg_lse_less(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, mean: Tensor, counted: Tensor) -> Tensor:

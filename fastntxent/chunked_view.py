@@ -41,7 +41,7 @@ class ChunkedView:
         """Return the embeddings (n, D) of a chunk's rows."""
         begin, end = chunk
 
-        # Copy the inputs: the encoder may write to the copies, and they are not inference tensors.
+        # Copy the inputs, so that the encoder may write to them, and so that none of them is an inference tensor.
         inputs = map_tensors(lambda x: (x[begin:end] if x.ndim else x).detach().clone(), self.inputs)
         if self.prepare is not None:
             inputs = self.prepare(inputs)
@@ -193,7 +193,7 @@ def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -
 
 
 def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
-    """Return the number of rows of a view, checked."""
+    """Check a view, and return its number of rows."""
     tensors = list(named_tensors(view, name))
     if not tensors:
         no_tensors = " without tensors" if is_container(view) else ""

@@ -74,7 +74,7 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
     A CUDA graph cannot capture the first launch of a kernel, because that launch loads the kernel. Shapes, dtypes and,
     for Triton's kernels, the temperature decide which kernels a call launches; `warm_up` prepares the kernels for every
     temperature. It calls the loss twice with the backend that "auto" takes inside a capture, and twice with the backend
-    that "auto" takes outside. Of each two calls, one includes the backward and one runs under `torch.no_grad()`.
+    that "auto" takes outside. In each pair of calls, one includes the backward and one runs under `torch.no_grad()`.
     `warm_up` accumulates no gradient, and restores the random generators and the state of a module, such as a queue or
     the statistics of a batch norm.
 
@@ -108,7 +108,8 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
         raise RuntimeError("warm_up must be called outside torch.inference_mode(): it runs the backward too")
     module = module_of(loss)
     bound = (loss.args, loss.keywords) if isinstance(loss, functools.partial) else ((), {})
-    # A tensor that is passed twice stays one object: a loss may treat a batch against itself specially.
+    # A tensor that is passed twice stays one object, because a loss may treat the comparison of a batch with itself
+    # specially.
     tensors = {id(x): x for _, x in named_tensors((inputs, options, *bound), "inputs")}
     leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in tensors.items()}
     given, named, *bound = map_tensors(lambda x: leaves[id(x)], (inputs, options, *bound))
@@ -146,8 +147,8 @@ def _leaves_of(value: Tensor) -> list[Tensor]:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """Return a device, by default the current GPU or the CPU; a GPU gets its index. Raise ValueError if this machine
-    does not have it."""
+    """Return the device as a torch.device, a GPU with its index. None: the current GPU, or the CPU where there is none.
+    Raise ValueError if this machine has no such device."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:

@@ -188,8 +188,8 @@ def _loss_and_gradients(
 
 @torch.enable_grad()
 def true_loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the mean loss and its gradient with respect to [z_i; z_j], computed in float64, but with the smallest norm
-    (`norm_eps`) of the views' own dtype."""
+    """Return the mean loss and its gradient with respect to [z_i; z_j], computed in float64. Only the smallest norm
+    that a row is divided by (`norm_eps`) is taken from the views' own dtype."""
     eps = norm_eps(z_i.dtype)
     z_i, z_j = (z.detach().double().requires_grad_() for z in (z_i, z_j))
     u_i, u_j = (F.normalize(z, dim=1, eps=eps) for z in (z_i, z_j))

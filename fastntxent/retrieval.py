@@ -87,8 +87,8 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
     Rows are scaled to unit length first. A similarity of NaN, as from an embedding with a NaN, counts as -inf.
 
     The result is deterministic. Besides the arguments and the result, memory holds one tile of similarities (32 MiB),
-    the unit rows of the tile's queries (at most 1,024) and columns (at most 8,192, or 256 times k if that is more), and
-    at most 32 MiB more, for any Q and C.
+    the unit rows of the tile's queries (at most 1,024) and of its part of the corpus (at most 8,192 rows, or 256 times
+    k if that is more), and at most 32 MiB more, for any Q and C.
 
     Args:
         queries: (Q, D) embeddings, float16, bfloat16, float32 or float64.
@@ -97,8 +97,8 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
 
     Returns:
         A named tuple (scores, indices) of tensors (Q, k). Scores are float64 for float64 embeddings, else float32;
-        indices are int64. Equal scores are in the order of their indices. Where they tie for the last place, the lowest
-        indices are returned. Not differentiable.
+        indices are int64. Equal scores are in the order of their indices. If rows tie for the last places, those with
+        the lowest indices are returned. Not differentiable.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or `k` is not an int.

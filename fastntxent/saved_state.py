@@ -27,7 +27,8 @@ _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
 def module_of(function: Callable[..., Any]) -> nn.Module | None:
-    """Return the module that a callable is, binds with `functools.partial`, or is a method of; None for others."""
+    """Return the module behind a callable: the callable itself, or the module whose method it is, also if it is wrapped
+    in `functools.partial`. Return None if there is no module."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)

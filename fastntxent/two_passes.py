@@ -176,8 +176,9 @@ def _distance(name: str, z: Tensor, first: Tensor) -> Tensor:
     if len(z) and z.shape != first.shape:
         shapes = f"{tuple(first.shape)}, then {tuple(z.shape)}"
         raise RuntimeError(f"{name} must return the same shape in both passes over the same rows, got {shapes}")
-    first = first.detach().float()
-    return torch.dist(z.detach().float(), first) / first.norm()
+    dtype = torch.promote_types(first.dtype, torch.float32)  # complex embeddings stay complex
+    first = first.detach().to(dtype)
+    return torch.linalg.vector_norm(z.detach().to(dtype) - first) / torch.linalg.vector_norm(first)
 
 
 def _check_repeated(distances: Sequence[tuple[str, Tensor]]) -> None:

@@ -158,8 +158,8 @@ def assert_arrays_within_budget(
 
 
 def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, times: float = 1.0) -> None:
-    """Check a float32 result against `times` the budget's floor alone. The full budget grows with the reference's
-    error, so it would not notice an inaccurate formula that the reference uses too."""
+    """Check a float32 result against the budget's floor alone, multiplied by `times`. The full budget grows with the
+    reference's error, so it would not notice an inaccurate formula that the reference uses too."""
     errors = error_budget.errors_of(value.detach(), truth.detach())
     floor = error_budget.allowed(error_budget.Errors(0.0, 0.0), torch.float32, logit_size)
     limit = error_budget.Errors(times * floor.maximum, times * floor.rms)
@@ -258,9 +258,10 @@ def assert_sigmoid_within_budget(
         )
     longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
     largest = max(longest) ** 2 if two_views else longest[0] * longest[1]
-    # The gradients with respect to k and the bias are sums of terms of both signs. Their errors are taken relative to
-    # the sum of the sizes of the bias's terms. The loss bounds this sum, because the slope of a softplus is less than
-    # its value. Each row is allowed 1 more for its positive.
+    # The gradients with respect to k and the bias are sums of terms of both signs. So the bias's error is taken
+    # relative to the sum of the sizes of its terms, and k's error relative to this sum times the largest |s|. The loss
+    # bounds the sum, because the slope of a softplus is less than its value. Each row is allowed 1 more for its
+    # positive.
     size = float(truth[0]) + 1
     scales = [0.0] * (len(value) - 2) + [size * largest, size]
     logit_size = largest / batch.temperature + abs(bias)

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def same_draws_every_time():
     torch.default_generator.manual_seed(0)
-    if torch.cuda.is_available():  # torch.manual_seed would queue a stack trace for each kind of absent device
+    if torch.cuda.is_available():  # not torch.manual_seed, which queues a stack trace for each absent device type
         torch.cuda.manual_seed_all(0)
 
 

@@ -109,8 +109,8 @@ def sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str) -> Tensor:
 
 
 def weighted_sup_con(u: Tensor, tau: Tensor, labels: Tensor, pair_weights: Tensor) -> Tensor:
-    """For each row, the cross-entropy of its softmax over the other rows with its pair weights as targets; 0 if all
-    weights are 0."""
+    """For each row, the cross-entropy of the softmax over the other rows. The targets are the pair weights, scaled to a
+    sum of 1. The loss is 0 if all weights are 0."""
     logits = u @ u.T / tau
     losses = []
     for i in range(len(u)):

@@ -129,7 +129,8 @@ def wrong_numbers() -> Iterator[tuple[str, Callable[[], float]]]:
 
 def _close(x: Tensor, y: Tensor, bfloat16: bool) -> bool:
     """Return whether two results agree. If the rows are bfloat16, kernels may round the terms of a sum to bfloat16.
-    Errors are then taken relative to the largest element, because terms may cancel in the others."""
+    The tolerance is then relative to the largest element, because terms that cancel leave their rounding errors in
+    small elements."""
     largest = float(y.nan_to_num(0, 0, 0).abs().max()) if bfloat16 and y.numel() else 0.0
     tolerance = torch.finfo(torch.bfloat16).eps if bfloat16 else 1e-3
     return torch.allclose(x, y, tolerance, max(1e-4, tolerance * largest), equal_nan=True)

@@ -70,7 +70,9 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def bytes_sent() -> Iterator[list[int]]:
-    """Yield a list that records how many bytes this rank sends in each torch.distributed call of fastntxent."""
+    """Yield a list of the bytes that this rank sends in each torch.distributed call of fastntxent. Calls that gather
+    Python objects are not listed.
+    """
     sent: list[int] = []
     gather, exchange, transfer = wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
 

@@ -100,5 +100,5 @@ def interpret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return interpreter.TensorHandle(multiply_add(x, y, c.data, CHIPS[name], kind), c.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    at_once = CHIPS[name].block or 128  # "nearest" loses no bits, as if all products were added at once
+    at_once = CHIPS[name].block or 128  # "nearest" truncates nothing: 128 makes the correction 0
     monkeypatch.setattr(config, "products_at_once", lambda chip: at_once)

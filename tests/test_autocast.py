@@ -1,4 +1,4 @@
-"""Autocast around the backward of the public functions that take tensors."""
+"""Autocast around the backward, or around both passes, changes no gradient of the public functions of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import fastntxent
 from fastntxent.algebra import product
 from tests.calls import CALLS, outputs
 
-# PyTorch itself runs these products and this decomposition in half precision under autocast.
+# Under autocast, PyTorch itself runs products in half precision: these similarities, and the products in the backward
+# of effective_rank's singular values.
 PLAIN_PYTORCH = {"effective_rank", "sentence_transformers.cos_sim", "sentence_transformers.dot_score"}
 NAMES = [name for name in CALLS if name not in PLAIN_PYTORCH]
 WITH_BACKEND = [name for name in NAMES if CALLS[name].reduction and "." not in name]

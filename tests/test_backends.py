@@ -326,7 +326,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
 
 
 def test_a_nan_row_does_not_hide_that_other_rows_overflow(backend):
-    # The longest row has logits whose exponentials overflow, wherever the NaN is in the batch.
+    # The exponentials of the longest row's logits overflow. The NaN must not hide this, wherever it is in the batch.
     u, ids = torch.tensor([[300.0, 0.0], [torch.nan, 0.0], [2.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1, 2])
     expected = torch.tensor([600.0, torch.nan, torch.nan, torch.nan])
     for order in map(list, itertools.permutations(range(4))):

@@ -118,7 +118,7 @@ def test_cached_backward_updates_running_statistics_once():
 
 
 class Replica(nn.Linear):
-    """An encoder that logs whether DistributedDataParallel would synchronise gradients, once per pass with a graph."""
+    """An encoder that logs, in each pass with a graph, whether DistributedDataParallel would synchronise gradients."""
 
     def __init__(self):
         super().__init__(6, 5)

@@ -369,7 +369,7 @@ def test_lengths_may_be_a_function_of_the_view():
         text, [view, view], nt_xent, chunk_tokens=2 * WIDTH, lengths=by_width, unpack=True, output="pooler_output"
     )
     expected = lengths().reshape(-1, 2).sum(1).tolist()
-    assert text.seen == 2 * expected  # `seen` is state of the encoder, so it ends as after one pass
+    assert text.seen == 2 * expected  # caching restores `seen`, which is state of the encoder, so it records one pass
 
 
 def test_chunk_sizes_may_be_listed_for_each_view():
@@ -560,8 +560,8 @@ def share(x):
 
 
 def towers_on_ranks():
-    """Return cached and expected results of towers wrapped in DDP, in FSDP2 and in the first FSDP. The expected results
-    come from one process, or from the same ranks without caching."""
+    """Return cached and expected results of towers wrapped in DDP, FSDP2 and FSDP1. The expected results come from one
+    process, or from the same ranks without caching."""
     found: dict[str, Any] = {}
     loss_fn = CLIPLoss(0.2, group=dist.group.WORLD)
     arguments = {"unpack": True, "output": [None, "pooler_output"]}

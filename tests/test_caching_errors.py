@@ -118,6 +118,12 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         RuntimeError,
         "encoder must return the same shape in both passes over the same rows, got (2, 4), then (2, 2)",
     ),
+    "returns other imaginary numbers in the second pass": (
+        returning(lambda z, calls, seen=[]: (seen.append(1), torch.complex(0 * z, len(seen) * z))[1])
+        | {"loss_fn": lambda *z: torch.stack(z).abs().sum()},
+        RuntimeError,
+        "encoder gave different embeddings in the second pass over the same rows",
+    ),
     "returns other numbers in the second pass": (
         returning(lambda z, calls, seen=[]: (seen.append(1), len(seen) * z)[1]),
         RuntimeError,

@@ -189,7 +189,8 @@ def test_jit_trace_gives_right_values_and_gradients_at_other_sizes(name):
     call = CALLS[name]
     torch.manual_seed(0)
     loss = Tensors(call.at(0.5))
-    # The traced inputs need no gradient. torch.jit.trace checks the trace by tracing again.
+    # Trace with inputs that need no gradient: inputs that need one must still get it from the traced loss. To check the
+    # trace, torch.jit.trace traces a second time.
     traced = torch.jit.trace(loss, tuple(x.detach() for x in call.inputs(8)))
     assert "PythonOp" not in str(traced.graph)
     for n in (8, 12, 5):

@@ -247,8 +247,11 @@ def test_ranks_equal_one_process(results, name: str, strategy: str):
 
 
 def few_rows(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return the losses of FEW on at most one row per rank, and their gradients with respect to this rank's z_i. In the
-    backward, gradients can be expanded tensors of one element, which PyTorch counts as contiguous."""
+    """Return the losses of FEW on at most one row per rank, and their gradients with respect to this rank's z_i.
+
+    With so few rows, a gradient that is sent in the backward may be an expanded tensor of one element, which PyTorch
+    counts as contiguous despite its stride.
+    """
     first = sum(sizes[: dist.get_rank()])
     here, found = slice(first, first + sizes[dist.get_rank()]), []
     for name in FEW:

@@ -272,8 +272,8 @@ def test_bfloat16_on_the_wire_equals_the_loss_of_rounded_rows(found):
     assert first.same_bits(found[1]["bfloat16"])
     expected = truth("nt_xent", N)
     assert 1e-6 < relative(first.d_weight, expected.d_weight) < 2e-2
-    # Like the ranks, the float64 loss below rounds the rows from which it computes the negatives, but not those of the
-    # positives. The gradient passes straight through the rounding.
+    # Like the ranks, the float64 loss below computes the negatives from rounded rows and the positives from exact rows.
+    # The gradient passes straight through the rounding.
     x, _ = whole_batch(N)
     model = encoder(torch.float64)
     z = model(x[:2].flatten(0, 1).double())

@@ -317,7 +317,7 @@ def test_sup_con_without_any_positive_is_zero():
         assert sup_con(Z[:1], LABELS[:1], 0.1, form=form) == 0
 
 
-def test_sup_con_keeps_small_weights_beside_a_rows_own():
+def test_sup_con_keeps_weights_far_smaller_than_a_rows_weight_with_itself():
     # Each of the two rows has one positive and no negatives, so its loss and gradient are 0.
     z = Z[:2].clone().requires_grad_()
     weights = torch.tensor([[100.0, 1e-3], [2e-3, 100.0]])

@@ -183,7 +183,7 @@ def test_rehearsal_runs_every_stage(tmp_path, capsys):
     assert capsys.readouterr().out.count("passed (earlier)") == 6, "each part once when reached and once in the summary"
 
 
-# --- the docs' list -------------------------------------------------------------------------------------------------
+# --- the list of devices in the docs ----------------------------------------------------------------------------------
 
 KEY = {
     "device": {"name": "Some GPU", "capability": "sm_99", "driver": "driver 1", "torch": "2.13", "triton": "3.9"},

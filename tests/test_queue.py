@@ -81,6 +81,15 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
         held_ids = (held_ids + (ids.tolist() if with_ids else [None] * n))[-size:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_neg_lse_has_the_same_dtype_for_an_empty_queue(dtype):
+    queue, u = NegativeQueue(4, 3), torch.eye(3, dtype=dtype)
+    empty = queue.neg_lse(u, None, 1.0, "auto")
+    queue.push(u)
+    assert empty.dtype == queue.neg_lse(u, None, 1.0, "auto").dtype
+    assert (empty == -torch.inf).all()
+
+
 def test_empty_queue_has_no_negatives():
     query, key = normal(4, 3), normal(4, 3, seed=1)
     loss = QueueInfoNCELoss(8, 3, 0.2, in_batch_negatives=False)

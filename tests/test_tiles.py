@@ -16,7 +16,8 @@ STATUS = backends()["triton"]
 if not STATUS.available:
     pytest.skip(f"needs Triton: {STATUS.reason}", allow_module_level=True)
 
-# Padding rows hold uninitialised memory, which no result uses.
+# Padding rows hold uninitialised memory. NumPy, which runs the interpreted kernels, may warn about it, but no result
+# uses it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 config = importlib.import_module("fastntxent.backends.triton.config")
@@ -160,7 +161,8 @@ def test_predicted_time_is_the_longest_limit_and_names_it():
 
 def test_a_program_alone_on_its_multiprocessor_runs_its_iterations_one_after_the_other():
     report = report_of(loop(PRODUCT, DRAIN, "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R1, R1, R2"))
-    # Ten iterations of products, instructions and waits, one instruction after the loop, and the first loads.
+    # Ten iterations, each with its products, instructions and waits, plus one instruction after the loop and the first
+    # loads.
     cycles = 10 * (32 + 5 + 2 * limits.SYNC) + 1 + limits.FIRST
 
     def latency(work, **changes):
@@ -246,7 +248,7 @@ def test_warps_that_repeat_the_products_of_others_are_a_fault():
     assert report_of(loop(PRODUCT), repeated=1).faults() == ["1 products in which some warps repeat the work of others"]
 
 
-def test_a_turn_by_tcgen05_has_the_flops_of_its_tile():
+def test_iteration_with_tcgen05_has_the_flops_of_its_tile():
     code = loop(BY_ONE_THREAD)
     flops = {kernel: report_of(code, kernel=kernel, target="sm_100").flops for kernel in ("direct", "fused")}
     assert flops == {"direct": 2 * 64 * 64 * 128, "fused": 4 * 64 * 64 * 128}

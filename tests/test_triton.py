@@ -145,8 +145,8 @@ def test_nt_xent_normalises_rows_of_extreme_norms_within_budget(length):
 
 @pytest.fixture(params=["device"] if DEVICE == "cuda" else tensor_cores.FAMILIES)
 def each_chip(request, monkeypatch):
-    """Use one chip's tiles and rounding. Return a function that takes a number of rows and switches to the chip's tiles
-    for it."""
+    """Use one chip's tiles and rounding. Return a function that switches to the chip's tiles for a given number of
+    rows."""
     if DEVICE == "cuda":
         return lambda rows: None
     tensor_cores.interpret(monkeypatch, request.param)
@@ -427,7 +427,8 @@ def test_limits_leave_out_the_same_pairs_in_forward_and_backward(each_chip, d, r
             logits = s.masked_fill(~apart | (s > side.limits[:, None]), -math.inf)
             nu = nus[len(nus) - 1 if side is other else 0]
             of_rows = (logits.softmax(dim=1).nan_to_num() * s).sum(dim=1)
-            # Rounding also decides whether a row keeps any negative. A kept negative has the similarity of the limit.
+            # Rounding also decides whether a row keeps any negative. If it keeps some in the kernel but none in
+            # float64, their similarities equal the limit up to rounding.
             of_rows = torch.where(logits.isfinite().any(dim=1), of_rows, cosine)
             expected += float(of_rows[nu > -math.inf].sum())
             pairs += int(apart.sum())
@@ -677,7 +678,7 @@ def test_uninitialised_memory_is_not_used(poisoned, monkeypatch, case, dtype):
         assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=-3.0)
 
 
-EDGE = 256 if DEVICE == "cpu" else 512  # rows of a square; the second square ends before its last padded rows
+EDGE = 256 if DEVICE == "cpu" else 512  # rows of a square; the padded rows of both views end inside the second square
 
 
 @pytest.mark.slow
@@ -728,8 +729,9 @@ def test_one_much_longer_row_leaves_the_other_gradients_accurate(ratio):
     batch, weights = (u, v, u_ids, v_ids + (v_ids != 0)), (torch.ones(20, device=DEVICE), torch.ones(40, device=DEVICE))
     runs = ("triton", torch.float32), ("reference", torch.float64)
     value, truth = (cross_result(batch, 0.5, weights, *run)[2] for run in runs)
-    # G includes each row's length relative to the longest. Beyond a ratio of 2^14 for the largest G, and earlier for
-    # smaller ones, the smaller float16 part of G loses one bit for each further factor of two.
+    # A column of G is multiplied by the length of its row of v, relative to the longest row. Beyond a ratio of 2^14,
+    # the smaller float16 part of the largest elements of G loses one bit for each further factor of two. Smaller
+    # elements begin to lose bits at smaller ratios.
     assert_within_rounding(value, truth, 1 / 0.5, times=max(1.0, ratio / 2**12))
 
 

@@ -653,8 +653,8 @@ FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backe
 
 @pytest.fixture
 def simulated(monkeypatch, tmp_path):
-    """A simulated machine with GPUs. It stores the results that its child processes return, and records the requests to
-    them."""
+    """A simulated machine with GPUs. A test sets the results that its child processes return, and `asked` lists the
+    requests to them."""
 
     machine = types.SimpleNamespace(
         verdicts={"cuda": PASSED, "triton": PASSED}, times=None, ends={}, asked=[], models={0: MODEL}
@@ -938,7 +938,28 @@ def test_times_include_replays_if_a_call_can_be_captured(monkeypatch):
     assert all(value > 0 for value in entry.values())
 
 
-def test_choice_without_kernels_to_check_is_blocked(simulated):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), "CUBLAS_STATUS_ALLOC_FAILED"],
+    ids=["OutOfMemoryError", "MemoryError", "cuBLAS"],
+)
+def test_timing_leaves_out_calls_for_which_memory_runs_out(monkeypatch, error):
+    from fastntxent.verification import timing
+
+    def replay_of(call, device):
+        raise RuntimeError(error) if isinstance(error, str) else error
+
+    monkeypatch.setattr(timing, "replay_of", replay_of)
+    for name, value in {"TIMED_ROWS": (64,), "TIMED_FEATURES": (16,), "TIMED_DTYPES": (torch.float32,)}.items():
+        monkeypatch.setattr(timing, name, value)
+    (entry,) = timing.time_backends(["blocked", "reference"], CPU)["float32"]["16"].values()
+    assert set(entry) == {"blocked", "reference"}
+    monkeypatch.setattr(timing, "milliseconds", replay_of)
+    (entry,) = timing.time_backends(["blocked", "reference"], CPU)["float32"]["16"].values()
+    assert entry == {}
+
+
+def test_choice_without_kernels_to_check_is_the_blocked_backend(simulated):
     assert choose(found={}) == "blocked"
     assert simulated.asked == []
 

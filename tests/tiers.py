@@ -1,4 +1,6 @@
-"""Marks slow cases, which `make test` skips and `make test-all` runs. Most have faster cases of the same code."""
+"""Marks slow cases, which `make test` skips and `make test-all` runs. Most of them have a faster case that
+runs the same code.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.Mar
 
 
 def every_case(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrise with all cases. All but a few that cover every pair of values are marked slow."""
+    """Parametrise with all cases. They are marked slow, except for a few that together cover every pair of values."""
     values = [list(axis) for axis in axes.values()]
     quick = set(map(tuple, AllPairs(values)))
     cases = [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in product(*values)]

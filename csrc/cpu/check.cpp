@@ -140,8 +140,8 @@ Case rectangle(int64_t n, int64_t D) {
     return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
-// Give a case with columns a loss in both directions, or a loss for the rows only if the weight is 0. Except for
-// SigLIP, the case must have as many rows as columns.
+// Give a case with columns a loss: in both directions, or, if the weight is 0, for the rows alone. Except for SigLIP,
+// the case must have as many rows as columns.
 Case in_pairs(Case c, double cols_loss_weight = 0.3) {
     c.cols_loss_weight = cols_loss_weight;
     return c;
@@ -278,7 +278,7 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
 
 // Change one number of row 3 and check the loss and nu. A NaN must reach the loss, and nu of every row that has row 3
 // among its negatives. If rows are normalised, an infinity becomes a NaN and must do the same, and a huge finite number
-// must leave the loss finite. If rows are not normalised, an infinity must only keep the loss from being finite, and a
+// must leave the loss finite. If rows are not normalised, an infinity only has to make the loss non-finite, and a
 // finite number may have any effect. nu of rows with index 3 modulo 50 (the changed row and its positive) is not
 // checked. With classes, nu is not checked at all, because the call does not return it. With float16 rows, only the
 // status is checked.

@@ -50,7 +50,7 @@ struct Case {
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
     int wanted = ALL_WANTED;  // one bit for each d_z
-    // Weight of the columns' losses. Negative: rows against columns have no loss, except with `against`.
+    // Weight of the columns' losses. If negative, a case with columns has no loss, except with `against`.
     double cols_loss_weight = -1;
     int function = FNTX_LOG_SUM_EXP;
     double bias = 0;

@@ -82,7 +82,7 @@ struct fntx_call {
     int64_t D;
     double inv_tau;  // k
     double bias;     // b
-    int limited;     // 1: without `limits`, limit_i = limit_scale pi_i / k + limit_shift (log-sum-exp with positives)
+    int limited;     // 1: if `limits` is NULL, limit_i = limit_scale pi_i / k + limit_shift (FNTX_LOG_SUM_EXP with pi)
     double limit_scale;
     double limit_shift;
     double eps;

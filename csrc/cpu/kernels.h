@@ -82,7 +82,7 @@ template <class T> struct Tile {
     T* sums;       // (edge, lanes + 1) scratch of the thread; twice that for softplus
     // If the instruction set multiplies bfloat16 numbers:
     uint32_t* bfloats;  // (edge, words_of(edge)) scratch of the thread
-    double* radial;     // kernels that gather add sum G_ij s_ij here, for the gradient of inv_tau; G is not yet rounded
+    double* radial;     // += sum G_ij s_ij (G not yet rounded), by kernels that gather; for the gradient of inv_tau
 };
 
 template <class T> struct Kernels {
@@ -121,7 +121,7 @@ template <class T> struct Kernels {
 
     double (*dot)(const T* a, const T* b, int64_t ld);
     void (*add_scaled)(T* a, T x, const T* b, int64_t ld);  // a += x b
-    void (*exp2)(const T* x, T scale, T* y, int64_t n);     // y = 2^(x scale), with the exponential of the tiles
+    void (*exp2)(const T* x, T scale, T* y, int64_t n);     // y = 2^(x scale), computed as in the tiles
 };
 
 }  // namespace fntx

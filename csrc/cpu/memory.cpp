@@ -102,8 +102,8 @@ void release_memory(void* memory, size_t capacity) {
     held_bytes += capacity;
 }
 
-// With MADV_FREE, the system may drop the block's pages when it runs short of memory. A page that is written to before
-// then is kept.
+// With MADV_FREE, the system may drop the block's pages when it runs short of memory, except pages that have been
+// written to again.
 void lend_memory(void* memory, size_t capacity) {
     if (capacity <= HELD_BYTES) return release_memory(memory, capacity);
 #if defined(__linux__) && defined(MADV_FREE)

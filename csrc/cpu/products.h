@@ -8,8 +8,8 @@
 // many flops per second as torch.mm reaches for its products alone.
 //
 // While a block is computed, the operands of the next block are prefetched. For rows in the L3 cache, products took a
-// quarter longer without prefetching: a block of 4 x 24 sums waited about as long for its first cache lines as it then
-// computed.
+// quarter longer without prefetching: a block of 4 x 24 sums spent about as long waiting for its first cache lines as
+// computing.
 //
 // form_products adds the terms of every element in the same order, wherever in a block the element is: chunk by chunk
 // of the inner dimension, and feature by feature within a chunk. So s_ij and s_ji have the same bits, and a logit is

@@ -133,8 +133,8 @@ template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     Vec<T> p = broadcast<T>(E::COEFFICIENTS[E::DEGREE]);
 #pragma GCC unroll 12
     for (int i = E::DEGREE - 1; i >= 0; --i) p = p * f + E::COEFFICIENTS[i];
-    // The shift is unsigned, because it also shifts the bits of NaN and infinity, which overflow. NaN stays NaN in the
-    // product.
+    // The shift drops high bits of every number, NaN and infinity included. It is unsigned, because a signed shift
+    // would overflow. NaN stays NaN in the product.
     return p * (Vec<T>)(((Word<T>)biased << E::MANTISSA) + E::ONE);
 }
 

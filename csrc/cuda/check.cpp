@@ -75,7 +75,7 @@ const Emulated& any_device() { return DEVICES[draw() % std::size(DEVICES)]; }
 
 const int64_t SIZES[] = {1, 2, 15, 17, 31, 33, 63, 64, 65, 97, 129};
 constexpr int SMALL_SIZES = 5;        // number of small sizes, which come first
-constexpr int64_t COSTLY = 100000;    // multiplications in the definition; one in eight of the cases with more is run
+constexpr int64_t COSTLY = 100000;    // multiplications in the definition; of the cases with more, one in eight is run
 constexpr int SERVED = FNTX_FLOAT64;  // the dtypes before this one are supported
 
 template <class Shape> void shapes(Shape shape) {

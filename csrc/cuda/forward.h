@@ -41,7 +41,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
         walk.each_tile(no_weight, as_it_is, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int) {
             if (direct)
                 walk.each(s, [&](float& x, int h, int col) { x *= v.r[col] * scale[h]; });
-            else  // multiply in the backward's order, and so round alike: the backward subtracts nu from these logits
+            else  // multiply in the backward's order, to round alike: the backward subtracts nu from the same logits
                 walk.each(s, [&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
             if (!mask.whole) walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {

@@ -1,9 +1,10 @@
 // Tiles of similarities: a block of rows walks over the columns, COLS at a time, in steps of CHUNK features.
 //
-// The columns of a step are copied to shared memory two steps ahead. The same holds for the rows, unless all chunks of
-// a row fit and stay there. Each warp multiplies 16 rows by its share of the columns. In lane 4 g + t, the accumulators
-// of the matrix instruction (m16n8k16) hold rows g and g + 8, and columns 2 t and 2 t + 1 of every 8. The chunks of
-// features that the second product needs are the last steps of a tile, so they are still in shared memory.
+// The columns of a step are copied to shared memory two steps ahead, and so are the rows. If all chunks of the block's
+// rows fit there, the rows are copied only for the first tile and stay. Each warp multiplies 16 rows by its share of
+// the columns. In lane 4 g + t, the accumulators of the matrix instruction (m16n8k16) hold rows g and g + 8, and
+// columns 2 t and 2 t + 1 of every 8. The chunks of features that the second product needs are the last steps of a
+// tile, so they are still in shared memory.
 #pragma once
 
 #include "../ranges.h"
@@ -240,7 +241,7 @@ template <class Op> class TileWalk {
     }
 
     // Load a thread's column of a tile from memory (fetch), and write it to shared memory one tile later (store), so
-    // that no thread waits for the load. (Only the first tile's columns are stored at once.)
+    // that no thread waits for the load. (The columns of the first tile are stored without this delay.)
     template <class Read> FNTX_DEVICE void fetch(Column& column, int tile, Read read) const {
         if (thread() >= COLS<Op> || tile >= tiles_) return;
         const int col = (first_tile_ + tile) * COLS<Op> + thread();

@@ -20,8 +20,8 @@ running maximum for each row and each column, and the backward computes exp(k s 
 
 A logit has a rounding error of about k |s| times the dtype's machine epsilon, and the logits of (i, j) and (j, i) may
 be rounded differently. The backward must use the same rounded logit that the forward added to a row's sum; otherwise
-the probabilities inherit the error. An off-diagonal tile satisfies this, because forward and backward use its logits
-for the rows and for the columns. The forward sums a diagonal tile by rows only, so the backward computes the weighted
+the probabilities inherit the error. An off-diagonal tile satisfies this, because both passes use the same logit for
+row i and for column j. The forward sums a diagonal tile by rows only, so the backward computes the weighted
 probabilities of the rows and adds their transpose.
 
 If exp(k s) is computed directly and the batch fits into one tile, E is kept for the backward.

@@ -32,7 +32,7 @@ class PreparedNegLse(ABC):
 
 
 class ComposedBackend(ComposedTowers):
-    """A backend whose subclasses implement only `prepare`. NT-Xent is O(M D) tensor code around `prepare`'s result."""
+    """Base class of backends that implement only `prepare`. NT-Xent is O(M D) tensor code around `prepare`'s result."""
 
     @abstractmethod
     def prepare(self, sides: Sequence[Side], inv_tau: float | Tensor) -> PreparedNegLse:

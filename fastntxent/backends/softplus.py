@@ -156,7 +156,7 @@ class _SoftplusTiles(Tiles):
         )
 
     def _x_of(self, tile: TileValues, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        """Add a tile to the sums. Return x, negated for positives that count, and the same-group mask or None."""
+        """Add a tile to the sums. Return x, negated within groups if `positives`, and the same-group mask or None."""
         x = tile.values.add_(self.bias)
         agree = self.agree(tile) if mixed else None
         if agree is not None and self.positives:

@@ -19,7 +19,7 @@ _TILE = 2**20  # logits that Logits.argmax forms at a time
 
 
 def default_group() -> ProcessGroup | None:
-    """Return the default process group, in which these libraries gather, or None for a single process."""
+    """Return the default process group, in which the replaced libraries gather rows, or None for a single process."""
     return dist.group.WORLD if world_size() > 1 else None
 
 

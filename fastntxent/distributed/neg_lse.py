@@ -42,8 +42,9 @@ def cross_neg_lse(
     """Return nu of this rank's rows against all ranks' columns, and nu of this rank's columns against all ranks' rows.
     Without `both`, the second is -inf.
 
-    Differentiable in rows.u, cols.u and inv_tau (0-d), like `neg_lse`. Columns are sent in the forward and in the
-    backward. Rows are sent only in the backward, and only if the columns need a gradient.
+    Differentiable in rows.u, cols.u and inv_tau (0-d), like `neg_lse`. Only columns are sent in the forward. In the
+    backward, columns are sent for the gradient of the rows (or of inv_tau alone), and rows for the gradient of the
+    columns.
     """
     ids = (rows.ids.to(torch.int64), cols.ids.to(torch.int64))
     columns = (of_rows.columns(rows.u), of_cols.columns(cols.u))
@@ -123,7 +124,7 @@ class _CrossNegLseOverRanks(torch.autograd.Function):
         if needs_v:
             d_v, part = _gradient_of_rows(Side(of_v.own, v_ids), of_cols, of_u, u_ids, of_rows, inv_tau, ctx.backend)
             parts.append(part)
-        # Each pass, summed across the ranks, covers every pair once. If both passes ran, so does their mean.
+        # Each pass, summed across the ranks, covers every pair once, and so does the mean of both passes.
         d_inv_tau = torch.stack(parts).mean() if needs_inv_tau else None
         return (
             d_u.to(ctx.dtypes[0]) if needs_u and d_u is not None else None,
@@ -161,7 +162,7 @@ def _gradient_of_rows(
                 if symmetric and block.span == columns.partition.span:
                     d_block, d_part = run_neg_lse_backward(rows, inv_tau, of_rows, backend)
                     d_rows += d_block
-                    d_inv_tau = d_inv_tau + 2 * d_part  # twice, because a pair across ranks counts twice, once on each
+                    d_inv_tau = d_inv_tau + 2 * d_part  # doubled, because a pair across ranks is counted on both ranks
                 else:
                     d_cols, cols_nu = block.numbers[0].T.contiguous()
                     of_cols = Upstream(d_cols, cols_nu, wanted=False)

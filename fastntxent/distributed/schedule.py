@@ -23,9 +23,9 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
     """Return the pairs for blocks that go around a ring: this rank's block with itself, with the block of the rank
     before it, and so on, halfway around.
 
-    If the world size is even, two ranks hold each other's block at the last step and share its similarities. The lower
-    rank pairs the first half of its own rows with the higher rank's block. The higher rank pairs its own block with the
-    second half of the lower rank's rows.
+    If the world size is even, two ranks hold each other's block at the last step, and divide the similarities between
+    these two blocks. The lower rank pairs the first half of its own rows with the higher rank's block. The higher rank
+    pairs its own block with the second half of the lower rank's rows.
     """
     world, blocks = len(sizes), spans(sizes)
     pairs = [(blocks[rank], blocks[rank - step]) for step in range(world // 2 + 1)]
@@ -39,7 +39,7 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
 
 
 def triangle(rank: int, world: int, n_rows: int) -> SpanPairs:
-    """Return the pairs if every rank has gathered all rows.
+    """Return this rank's pairs for the case that every rank has gathered all rows.
 
     The rows are cut into two shares per rank. Rank r takes the r-th share from the top and the r-th from the bottom,
     and pairs each share with itself and with all rows below it. So every rank gets the same amount of work, however

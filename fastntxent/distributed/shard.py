@@ -144,8 +144,8 @@ class Shard:
         return torch.arange(first, first + self.sizes[self.rank], device=like.device)
 
     def in_blocks(self) -> Shard:
-        """Return a copy with one block per rank. Each similarity is then computed by matrix products of the same shape
-        in forward and backward, for its row and for its column, so it has the same bits each time."""
+        """Return a copy whose columns come in one block per rank. Each similarity is then computed by matrix products
+        of the same shape in forward and backward, for its row and for its column, so it has the same bits each time."""
         return replace(self, by_rank=True, _columns=[])
 
     def columns(self, u: Tensor) -> Columns:

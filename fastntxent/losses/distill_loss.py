@@ -59,8 +59,9 @@ def distill(
     student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest if the student's
     softmaxes equal the teacher's. It is then the mean entropy of the teacher's softmaxes.
 
-    For features that are normalised already, `normalize=False` gives open_clip's `DistillClipLoss`. The loss is
-    differentiable with respect to the student's features and the student's temperature or logit scale.
+    For features that are normalised already, `normalize=False` gives the distillation loss of open_clip's
+    `DistillClipLoss`. The loss is differentiable with respect to the student's features and the student's temperature
+    or logit scale.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N (D +
     E)); the reference backend takes O(N^2). The student's log-sum-exps are computed as in `clip`. The teacher's
@@ -69,10 +70,11 @@ def distill(
 
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
     accelerator). Each pair is requested twice: once for the teacher's log-sum-exps, and once for the expectation and
-    its gradient. With reduction="none" the backward requests each pair a third time. In a group, the indices number the
-    samples of all ranks in rank order. In the forward, each rank requests its own images with all texts twice. In the
-    backward, it requests them once more, and it requests all images with its own texts once. The reference backend
-    makes two calls, each for all pairs. Under torch.compile a `teacher` causes a graph break.
+    its gradient. With reduction="none" the backward requests each pair a third time. In a group, an index is a position
+    among the samples of all ranks, in rank order. In the forward, each rank requests the pairs of its own images with
+    all texts twice. In the backward, it requests these pairs once more, and the pairs of all images with its own texts
+    once. The reference backend makes two calls, each for all pairs. Under torch.compile a `teacher` causes a graph
+    break.
 
     Args:
         image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.

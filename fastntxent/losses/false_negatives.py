@@ -50,7 +50,7 @@ class Limits(NamedTuple):
     def by_positive(self, rows: Tensor, normalize: bool) -> tuple[float, float] | None:
         """Return (a, b) such that a row's limit is a s_pos + b. `rows` gives the number of features and the dtype.
 
-        Return None where no such pair exists: the limit is the smaller of two, or depends on the lengths of the rows.
+        Return None where no such pair exists: the limit is the smaller of two, or depends on the norms of the rows.
         """
         of_margin = self.margin is not None or self.relative_margin is not None
         if not normalize or (of_margin and self.ceiling is not None):

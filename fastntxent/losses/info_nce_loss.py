@@ -78,9 +78,9 @@ def info_nce(
     negatives. Limits apply to explicit negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
-    Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
-    sentence-transformers applies the hardness only to the negatives that belong to the query. Here it applies to all of
-    them.
+    Contrastive Learning", 2025, as in sentence-transformers. There, all queries share the explicit negatives, but
+    "hard_negatives" selects only the query's own, and the rest count as in-batch negatives. Here it selects all
+    explicit negatives.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N + K) D)
     with K shared negatives, and O(N K D) with one set per query, which is the size of the sets; the reference backend

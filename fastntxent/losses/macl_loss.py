@@ -98,9 +98,9 @@ def macl(
 def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
     """Return l / (1 - exp(-l)) for the row losses l, without a gradient through the weight.
 
-    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative with respect to x is 1, and the
-    second derivative is sigmoid(-x). Both derivatives are attached to the value explicitly, because for an easy row
-    both l and 1 - exp(-l) underflow, although their quotient is 1.
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the result has the derivative 1 with respect to x,
+    and the second derivative sigmoid(-x). Both derivatives are attached to the value explicitly, because for an easy
+    row both l and 1 - exp(-l) underflow, although their quotient is 1.
     """
     x = nu - pos
     losses = row_losses(nu.detach(), pos.detach())

@@ -35,8 +35,8 @@ def rince(
 
     Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. The rows are [z_i; z_j], and p(i) is the
     other view of row i's sample. q = 1 is fully robust and symmetric; as q tends to 0 the loss tends to InfoNCE plus
-    log(lam), in which one positive can contribute without bound. The terms are as large as exp(q / tau), which fits
-    into float32 for q / tau < 88.
+    log(lam), in which one positive can contribute without bound. The first power can reach exp(q / tau), which fits
+    into float32 for q / tau < 88; the second can be (lam (2N - 1))^q times as large.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).

@@ -177,8 +177,8 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
     """
     belongs = (labels != 0).to(u.dtype)
     of_labels = batch.sum_of_ranks(belongs.sum(dim=0))
-    # Drop labels that only one row has. Such a label would add only the row itself, which is subtracted again below,
-    # and the other rows could be lost to its rounding.
+    # Drop labels that only one row has. Such a label would add only the row itself to the row's sum. The row is
+    # subtracted again below, but the sum might lose the other rows to rounding.
     belongs = belongs * (of_labels > 1)
     own = belongs.sum(dim=1)
     of_classes = batch.sum_of_ranks(product(belongs.T, u))

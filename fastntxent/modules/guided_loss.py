@@ -97,7 +97,7 @@ class GuidedInfoNCELoss(TemperatureLoss):
         negatives: Tensor | None = None,
         guide_negatives: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of queries that pick their keys out of the keys and the negatives that the guide leaves in.
+        """Return the loss of queries that pick their keys, against the negatives that the guide leaves in.
 
         Args:
             query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.

@@ -31,9 +31,9 @@ class InfoNCELoss(TemperatureLoss):
     negatives. Limits apply to explicit negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
-    Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
-    sentence-transformers applies the hardness only to the negatives that belong to the query. Here it applies to all of
-    them.
+    Contrastive Learning", 2025, as in sentence-transformers. There, all queries share the explicit negatives, but
+    "hard_negatives" selects only the query's own, and the rest count as in-batch negatives. Here it selects all
+    explicit negatives.
 
     Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. `info_nce` is the same
     loss as a function.

@@ -152,7 +152,7 @@ class NegativeQueue(nn.Module):
         """Like `neg_lse`, for rows of a batch that is already open."""
         sides = self.sides_of(u, ids)
         if sides is None or not len(u):
-            return u.new_full((u.shape[0],), -torch.inf)
+            return u.new_full((u.shape[0],), -torch.inf, dtype=accumulation_dtype(u.dtype))
         rows, cols, held = sides
         return batch.neg_lse_to_held(rows, cols, inv_tau, held)
 
@@ -201,7 +201,7 @@ class NegativeQueue(nn.Module):
             if value.is_floating_point() != own.is_floating_point() or value.dtype == torch.bool:
                 raise TypeError(f"{key} must have a dtype like {own.dtype}, got {value.dtype}")
             if value.is_meta or (own.is_meta and not assign):
-                raise ValueError(f"{key}, and the queue unless assign=True, must have data, got one on the meta device")
+                raise ValueError(f"{key} must not be on the meta device, nor must the queue unless assign=True")
         filled = int(self._checked_cursor(cursor_key, cursor)[1])
         held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
         if not held.to(accumulation_dtype(held.dtype)).isfinite().all():

@@ -15,7 +15,7 @@ from .scalar import register_scalar_path
 
 
 def limited_neg_lse(rows: Side, cols: Side | None, inv_tau: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Return nu of the rows (M,) and of the columns (K,), over the similarities up to the limit of each row or column.
+    """Return nu of the rows (M,) and of the columns (K,), without the similarities above a row's or a column's limit.
 
     Without columns the rows are compared among themselves, and the second result is empty. Differentiable in the rows,
     the columns and inv_tau; the limits are constants.

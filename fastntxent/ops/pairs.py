@@ -150,8 +150,8 @@ def _mask_backward_fake(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-# The backward needs only the shape and dtype of x. It takes x itself so that a second derivative reaches the function
-# that refuses it.
+# The backward needs only the shape and dtype of x. It takes x itself so that autograd connects its result to x, and a
+# second derivative raises an error.
 _mask_product_backward = register(
     "mask_product_backward(Tensor d_out, Tensor mask, Tensor x) -> Tensor", _mask_backward, _mask_backward_fake
 )

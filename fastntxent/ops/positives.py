@@ -12,9 +12,9 @@ of columns, which is processed tile by tile. The backward goes through the tiles
     s_ij = u_i . v_j                D_ij = d loss / d (k s_ij)
     d_u_i = k sum_j D_ij v_j        d_v_j = k sum_i D_ij u_i        d_k = sum_ij D_ij s_ij
 
-With n_c rows in group c, the work is sum_c n_c^2 D, plus about one block's height of extra columns per row. Memory is
-the sorted rows and about two tiles. The order of every sum is fixed. After sorting, the host reads the starts and ends
-of all runs from the device at once.
+With n_c rows in group c, the work is sum_c n_c^2 D, plus extra columns: for each row, about as many as a block has
+rows. Memory is the sorted rows and about two tiles. The order of every sum is fixed. After sorting, the host reads the
+starts and ends of all runs from the device in one transfer.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ class PositiveTile(NamedTuple):
 class PositiveTiles:
     """Both sides sorted by id, and an iterator over the tiles that may contain positives.
 
-    If everything fits into one tile, nothing is sorted and the tile is kept for the backward.
+    If everything fits into one tile, nothing is sorted, and the tile is kept for further iterations.
 
-    own: column own + i, if it exists, is row i itself, and not a positive of row i. None: no row is also a column.
+    own: the offset between rows and columns. Column own + i, if there is one, is row i itself, so it is not a positive
+    of row i. None: no row is also a column.
     """
 
     def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, own: int | None):
@@ -88,7 +89,9 @@ class PositiveTiles:
         first = torch.searchsorted(self.col_ids, self.row_ids)
         last = torch.searchsorted(self.col_ids, self.row_ids, right=True)
         self.starts = range(0, M, self.height)
-        ends = torch.tensor([min(start + self.height, M) - 1 for start in self.starts], device=u.device)
+        ends = torch.tensor(
+            [min(start + self.height, M) - 1 for start in self.starts], dtype=torch.int64, device=u.device
+        )
         self.runs = torch.stack((first[:: self.height], last[ends]), dim=1).tolist()
 
     def __iter__(self) -> Iterator[PositiveTile]:

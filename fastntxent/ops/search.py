@@ -13,7 +13,7 @@ from ..algebra import accumulation_dtype, autocast_off, unit_rows
 from .contract import checked
 from .register import register
 
-_TILE_BYTES = 2**25  # the most bytes of a tile of similarities and the merge of its results
+_TILE_BYTES = 2**25  # the most bytes for a tile of similarities and the merge of its results together
 _QUERIES = 1024  # the most rows in a tile
 # A tile has up to _COLUMNS columns, or _COLUMNS_PER_K times k if that is more. Tiles are wide so that merging the
 # results of many tiles takes less time than the top-k within a tile.
@@ -54,7 +54,7 @@ def _merge_columns(
     for rows, scores, indices in zip(*(x.split(height) for x in (queries, found, found_indices)), strict=True):
         u = unit_rows(rows)
         sims = torch.mm(u, v.T, out=buffer[: len(u) * len(v)].view(len(u), len(v)))
-        # NaN becomes -inf, so that it is ranked last. (Every comparison with NaN is false.)
+        # NaN becomes -inf, so that it is ranked last. (topk and argmax would rank it first.)
         best, columns = _largest(sims.nan_to_num_(nan=-torch.inf), min(k, len(v)))
         if first:
             # The sort is stable and earlier columns come first, so equal scores stay in the order of their indices.

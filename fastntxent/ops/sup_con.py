@@ -2,8 +2,8 @@
 
     sup_con_scalar (z, ids, inv_tau) -> loss, d_z, d_inv_tau
 
-l_ij are the logits, P(i) is the set of other rows with row i's id, c_i is their number, and v_i is the row's weight (0
-without positives):
+l_ij are the logits, P(i) is the set of other rows with row i's id, c_i is the size of P(i), and v_i is the row's weight
+(0 without positives):
 
     out    sum v_i (log sum_{j != i} e^{l_ij} - mean_{p in P(i)} l_ip)
     in     sum v_i (log(1 + e^{nu_i - lse_i}) + log c_i)       nu over rows of other ids, lse over P(i)
@@ -12,9 +12,9 @@ without positives):
 
 The gradient is computed directly, without an autograd graph. A backend that has a method `sup_con_scalar` computes
 everything in one call. Otherwise, if the host can see that every id occurs exactly twice, the rows are two views and
-one call of NT-Xent computes the loss. In all other cases, the backend's kernels compute the log-sum-exps over other
-rows ("out") or over rows of other ids. For "out", groups.py sums the positives. For the other forms, positives.py
-computes the sums over positives, and sorts the rows only once for value and gradient.
+one call of NT-Xent computes the loss. In all other cases, the backend's kernels compute the log-sum-exps, over all
+other rows ("out") or over the rows of other ids (the other forms). For "out", groups.py sums the positives. For the
+other forms, positives.py computes the sums over positives, and sorts the rows only once for value and gradient.
 """
 
 from __future__ import annotations

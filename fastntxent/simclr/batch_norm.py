@@ -113,7 +113,7 @@ def _batch_norm(
 
 
 def moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the count (0-d), mean (C,) and variance (C,) of a channel's values in x (N, C, ...), over all ranks."""
+    """Return the count (0-d), mean (C,) and variance (C,) of each channel's values in x (N, C, ...), over all ranks."""
     x = x.to(accumulation_dtype(x.dtype))
     count = x.numel() // x.shape[1]
     mean = x.sum(_but_channels(x)) / max(count, 1)

@@ -123,7 +123,7 @@ def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
             mean=nothing,
             std=nothing,
             image_size=(height, width),
-            width=0 if encoder else config.width,
+            width=config.width if encoder is None else 0,
             batch_norm=encoder is not None or config.norm == "batch",
             encoder=encoder,
             train=False,

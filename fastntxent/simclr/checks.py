@@ -16,7 +16,7 @@ from .labels import UNLABELLED
 def check_texts(name: str, texts: Any) -> None:
     """Raise TypeError for anything but a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a tuple of strings, got {texts!r:.80}")
+        raise TypeError(f"{name} must be a tuple or list of strings, got {texts!r:.80}")
 
 
 def check_in_memory(in_memory: str) -> None:

@@ -19,7 +19,7 @@ TEST_NAMES = ("test", "val", "validation", "valid")
 
 @dataclass(frozen=True)
 class Files:
-    """The image files of one part: sorted paths below the root, and class numbers int64 (N,), -1 for no class."""
+    """The image files of one part: sorted paths below the root, and class numbers, int64 (N,), with -1 for no class."""
 
     paths: tuple[str, ...]
     labels: Tensor

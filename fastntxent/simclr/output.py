@@ -29,8 +29,8 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message (PyTorch's advice follows later), or the error's type if there is
-    none."""
+    """Return the first line of an error's message, without the advice that PyTorch adds below it, or the error's type
+    if the message is empty."""
     lines = printable(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
@@ -121,7 +121,7 @@ class OutputFolder:
             self._lock.release()
 
     def _remove_partials(self) -> None:
-        """Remove partial files of killed runs. The lock ensures that no other run is writing here."""
+        """Remove partial files of killed runs. Where the file system has locks, no other run is writing here now."""
         for name in (*FILES, _PROBE):  # the folder may hold the user's own .partial files
             for left in self.path.glob(f"{name}.*{PARTIAL}"):
                 left.unlink(missing_ok=True)

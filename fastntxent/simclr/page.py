@@ -98,10 +98,10 @@ a label. Distances between islands mean nothing.</figcaption>
 <h2>How did training go?</h2>
 <figure>
 $curves
-<figcaption>The loss falls as the views of an image become easier to tell apart from other images. From two epochs on,
-the heavy line is the mean over each epoch. The loss trades off alignment (views of one image together) and uniformity
-(different images apart). Both should settle, and uniformity must not rise back to 0, which would mean collapse. The
-learning rate warms up, then follows half a cosine.</figcaption>
+<figcaption>The loss falls as the views of an image become easier to tell apart from other images. In runs of two
+epochs or more, the heavy line is the mean over each epoch. The loss trades off alignment (views of one image together)
+and uniformity (different images apart). Both should settle, and uniformity must not rise back to 0, which would mean
+collapse. The learning rate warms up, then follows half a cosine.</figcaption>
 </figure>
 <figure>
 $views

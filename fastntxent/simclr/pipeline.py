@@ -88,8 +88,8 @@ def forewarn(trainer: Trainer) -> list[str]:
 
 
 def describe(data: ImageData) -> str:
-    """Return a line about the data, with the number of classes and the first names, so that the user notices
-    mistakes."""
+    """Return a line about the data, so that the user notices mistakes: the numbers of images and classes, and the names
+    of the first classes."""
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
     names = f" of {len(data.class_names)} classes ({listed(data.class_names)})" if data.class_names else ""
     return f"{data.title}: {images}{names}"

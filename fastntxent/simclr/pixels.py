@@ -63,8 +63,8 @@ def decode(path: str, size: int) -> Array:
         drafted = image.draft("RGB", (_DRAFT * size, _DRAFT * size))
         pixels = eight_bits(image).convert("RGB")
         turn = _TURNS.get(_orientation(image))
-    # A reduced JPEG may end within its last row and column of pixels, so its exact size is a fraction. A crop computed
-    # from the rounded size would be shifted.
+    # The exact size of a JPEG that is decoded at a smaller scale may be a fraction: the image then ends inside the last
+    # row or column of pixels. A crop computed from the rounded size would be shifted.
     width, height = drafted[1][2:] if drafted else pixels.size
     side = min(width, height)
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
@@ -75,7 +75,7 @@ def decode(path: str, size: int) -> Array:
 
 
 def eight_bits(image: Any) -> Any:
-    """Return a Pillow image with more than 8 bits per channel converted to mode "L", and any other image unchanged.
+    """Convert a Pillow image with more than 8 bits per channel to mode "L". Return any other image unchanged.
 
     Pillow's own conversion would clip values above 255.
 

@@ -41,7 +41,7 @@ class Ranks:
         return self.rank == 0
 
     def part(self, x: Tensor) -> Tensor:
-        """Return this rank's consecutive rows of x. Parts differ by at most one row, and may be empty."""
+        """Return this rank's consecutive rows of x. Parts differ in size by at most one row, and may be empty."""
         return x[len(x) * self.rank // self.world : len(x) * (self.rank + 1) // self.world]
 
     def gather(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Ranks:
         if differing:
             values = (f"{name} is {', '.join(str(of_rank[name]) for of_rank in of_ranks)}" for name in differing)
             raise ValueError(
-                f"all ranks must be given the same values, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
+                f"these values must be the same on all ranks, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
             )
 
     @contextlib.contextmanager

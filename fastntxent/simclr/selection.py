@@ -23,7 +23,7 @@ KEPT_BYTES = 128 * 2**20  # images from files are kept in memory up to this size
 
 @dataclass(frozen=True)
 class Part:
-    """A selection of images with their labels, indexed like the images."""
+    """A selection of images with their labels. Indexing it returns images."""
 
     images: Images
     indices: Tensor

@@ -27,7 +27,7 @@ import torch
 from ..backends import add, select
 from . import checks, timing
 from .store import model_of
-from .verdict import Verdict
+from .verdict import Verdict, memory_ran_out
 
 
 def main(report_path: str, request_text: str) -> None:
@@ -89,7 +89,7 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
     except checks.FaultError as fault:
         return Verdict(fault.status, str(fault), case, passed)
     except Exception as error:
-        if _memory_ran_out(error):
+        if memory_ran_out(error):
             return Verdict("not available", f"memory ran out: {_words(error)}", case, passed)
         return Verdict("raised an error", _words(error), case, passed)
     return Verdict("passed", checks=passed)
@@ -105,14 +105,6 @@ def _use_device(request: dict[str, Any], device: torch.device) -> None:
     for key, value in here.items():
         if value != meant.get(key):
             raise RuntimeError(f"the child process has {key} {value!r}, but its parent has {meant.get(key)!r}")
-
-
-def _memory_ran_out(error: Exception) -> bool:
-    """Return whether memory ran out, which says nothing about the kernels. Some errors say so only in the message."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or any(
-        said in words for said in ("out of memory", "not enough memory", "can't allocate memory")
-    )
 
 
 def _words(error: BaseException) -> str:

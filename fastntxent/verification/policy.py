@@ -23,7 +23,7 @@ from .store import Store, model_of
 from .verdict import Verdict
 
 FALLBACK = "blocked"
-# Without times, the first backend that passed runs batches of up to this many rows, and the last one larger batches.
+# Without times, batches of up to this many rows go to the first backend that passed, and larger ones to the last.
 SMALL_BATCH = 8192
 REPLAYED = " replayed"  # suffix of a backend's name, for times of a replayed CUDA graph, without host overhead
 # Backends that "auto" may take on a device type once they have passed, with their modules.

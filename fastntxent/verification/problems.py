@@ -28,7 +28,7 @@ class Problem:
             gradients begin with "d_".
         dtype, rows: dtype and number of rows of the call.
         logit_size: a bound on the magnitude of the logits.
-        scales: for each result whose terms may cancel, the size of these terms, by the result's name.
+        scales: the size of a result's terms, by the result's name, for the results whose terms may cancel.
     """
 
     run: Callable[[str, bool], dict[str, Tensor]]

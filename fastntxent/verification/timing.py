@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..backends import select
 from ..losses import nt_xent
 from .policy import REPLAYED
+from .verdict import memory_ran_out
 
 TIMED_ROWS = (256, 1024, 4096, 16384)
 TIMED_FEATURES = (128, 768)
@@ -71,34 +73,39 @@ def _entry(
 ) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     words = f"timing, {str(dtype).removeprefix('torch.')}, {2 * n} rows of {d} features"
-    try:
-        views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
-    except torch.OutOfMemoryError:
-        return {}
     calls: dict[str, Callable[[], Any]] = {}
-    for name in names:
-        if name == "reference" and n > MOST_DENSE:
-            continue
-        begin(name, words)
-        call = gradient_call(nt_xent_on(name), views)
-        try:
-            call()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # errors surface here, while this backend is the last that `begin` named
-        except (torch.OutOfMemoryError, MemoryError):
-            continue
-        calls[name] = call
-        replay = replay_of(call, device)
-        if replay:
-            calls[name + REPLAYED] = replay
-    try:
-        return medians_in_turn(
+    times: dict[str, float] = {}
+    with _unless_memory_runs_out():
+        views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
+        for name in names:
+            if name == "reference" and n > MOST_DENSE:
+                continue
+            begin(name, words)
+            with _unless_memory_runs_out():
+                call = gradient_call(nt_xent_on(name), views)
+                call()
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # errors surface here, while `begin` has named this backend last
+                calls[name] = call
+                if (replay := replay_of(call, device)) is not None:
+                    calls[name + REPLAYED] = replay
+        # Memory may run out here too, because the CUDA graphs of the other calls hold memory that a call needs.
+        times = medians_in_turn(
             calls, device, MOST_TURNS, SECONDS_OF_CALL * len(calls),
             begin=lambda name: begin(name.removesuffix(REPLAYED), words),
         )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError):  # the CUDA graphs of the other calls hold memory that a call needs
-        return {}
+    return times
+
+
+@contextmanager
+def _unless_memory_runs_out() -> Iterator[None]:
+    """End the block where memory runs out, without an error."""
+    try:
+        yield
+    except Exception as error:
+        if not memory_ran_out(error):
+            raise
 
 
 def nt_xent_on(backend: str) -> Callable[[Tensor, Tensor], Tensor]:

@@ -60,3 +60,11 @@ class Verdict(NamedTuple):
             int(values["checks"]),
             float(values["seconds"]),
         )
+
+
+def memory_ran_out(error: Exception) -> bool:
+    """Return whether memory ran out, which says nothing about the kernels. Some errors say so only in the message."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        said in words for said in ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    )

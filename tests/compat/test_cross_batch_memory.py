@@ -70,7 +70,7 @@ def test_enqueue_mask_gives_the_librarys_results(n, k, seed, tau, name):
 @pytest.mark.parametrize("miner", MINERS)
 @pytest.mark.parametrize("given_as", ["pairs", "triplets"])
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_given_pairs_join_those_of_the_miner_as_in_the_library(name, given_as, miner):
+def test_given_pairs_are_added_to_the_miners_pairs_as_in_the_library(name, given_as, miner):
     both = memories(name, 0.5, 4, miner)
     z, labels = batch(1, 8, 4, 0)[0][0], torch.arange(8) % 3
     anchors, positives = torch.where((labels[:, None] == labels).fill_diagonal_(False))

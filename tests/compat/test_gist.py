@@ -236,7 +236,7 @@ def test_guide_of_a_cached_loss_runs_once_without_gradients():
 
 
 def test_model_may_be_its_own_guide():
-    # The passes in both roles update the running statistics. The pass that the backward repeats must not.
+    # As model and as guide, the encoder updates its running statistics. The second pass, in the backward, must not.
     model = Encoder(5, dropout=0.0)
     loss = ours.CachedGISTEmbedLoss(model, model, mini_batch_size=5)(text_columns(2))
     seen = int(model.norm.num_batches_tracked)

@@ -20,7 +20,7 @@ def test_clip_loss_agrees_with_open_clip(n, d, seed, scale, bias, wide):
     shape = (1,) if wide else ()
 
     def called(loss):
-        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # 0-d already, even for a scale of shape (1,)
+        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # no-op: it is 0-d even for a scale of shape (1,)
 
     features = F.normalize(z, dim=2)
     assert_same(*map(called, losses), 1 / scale, *features, torch.full(shape, scale))
@@ -67,7 +67,7 @@ def dense_distill_loss(image, text, scale, dist_image, dist_text, dist_scale):
 def test_distill_clip_loss_equals_its_definition(n, d, seed, scale, dist_scale):
     z, _ = batch(4, n, d + 1, seed)
     image, text = F.normalize(z[:2], dim=2)
-    teacher = F.normalize(z[2:, :, :d], dim=2).double()  # float64, so that the teacher is rounded only once
+    teacher = F.normalize(z[2:, :, :d], dim=2).double()  # float32 values, the same for students of either dtype
 
     def called(index):
         def ours_at(a, b, s):

@@ -41,7 +41,7 @@ def of_lightly(name: str, sign: int = 1, **options: Any) -> Call:
 
 def memory_bank(sign: int) -> Call:
     """Three steps: the first sees the bank's random rows, the second also the rows that the first stored. Two ranks
-    have 13 samples, so the rows of the second step are cut off at the end of the bank.
+    together have 13 samples, so the second step's rows do not all fit and are cut off at the end of the bank.
     """
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def of_simclr(norm: bool, by_sample: bool) -> Call:
 
 
 def of_metric_learning(name: str) -> Call:
-    """The labels are floats, and no rank has all of them."""
+    """The labels are floats, and a rank may lack some of their values."""
     wrapper, loss = pytorch_metric_learning.DistributedLossWrapper, getattr(pytorch_metric_learning, name)
     return lambda z, ids, tau: wrapper(loss(tau))(z[:2].flatten(0, 1), ids.repeat(2) / 4)
 
@@ -138,7 +138,7 @@ class SquaredReducer:
 
 
 def of_metric_learning_and(name: str, efficient: bool = False, reducer: Any = None, **wanted: bool) -> Call:
-    """A loss with references (with or without labels of their own), with pairs, or with both."""
+    """A loss with references (with or without labels of their own), with pairs, with both, or with only a reducer."""
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         loss = getattr(pytorch_metric_learning, name)(tau, reducer=reducer)
@@ -341,8 +341,8 @@ def metric_learning_pair(name: str, **options: Any) -> Pair:
 
 
 def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
-    """Our memory (with `ours_of_theirs`, the library's memory around our loss) against the library's memory and loss.
-    Each memory has room for two batches of all ranks.
+    """Compare our memory and loss with the library's. With `ours_of_theirs`, our loss is in the library's memory. Each
+    memory has room for two batches of all ranks.
     """
 
     def of(losses: Any, wrapper: Any, memory: Any) -> Call:

@@ -219,8 +219,8 @@ def test_image_data_makes_class_names_printable_and_fills_in_the_title():
         ({"train_labels": torch.zeros(5).long()}, ValueError, r"train_labels must have the shape \(6,\)"),
         ({"train_labels": torch.full((6,), 2)}, ValueError, r"train_labels must lie in 0..1, .* got 2..2"),
         ({"test_labels": torch.tensor([0, -2])}, ValueError, r"test_labels must lie in 0..1, .* got -2..0"),
-        ({"class_names": "ab"}, TypeError, "class_names must be a tuple of strings"),
-        ({"class_names": (1, 2)}, TypeError, "class_names must be a tuple of strings"),
+        ({"class_names": "ab"}, TypeError, "class_names must be a tuple or list of strings"),
+        ({"class_names": (1, 2)}, TypeError, "class_names must be a tuple or list of strings"),
     ],
 )
 def test_image_data_refuses_invalid_attributes(changes, error, message):

@@ -388,7 +388,7 @@ def test_ranks_with_differing_options_get_an_error_that_names_them(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: all ranks must be given the same values, but on ranks 0 to")
+        assert said.startswith("ValueError: these values must be the same on all ranks, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 

@@ -5,9 +5,9 @@ sum of its column. So with one side, only tiles on and above the diagonal are co
 crosses, only the part above the diagonal counts. A program writes its sums to planes, which have one element per row.
 No two programs write the same element of a plane. The planes are added in a fixed order (finish.py).
 
-    one side of Q squares    for the rows of square a, plane b >= a has the row sums of square (a, b), plane b < a has
-                             the column sums of square (b, a), and plane Q has the column sums of square (a, a)
-    two sides                rows: a plane for each square of columns; columns: a plane for each square of rows
+    one side, Q x Q squares  for the rows of squares (a, *), plane b >= a has the row sums of square (a, b), plane b < a
+                             has the column sums of square (b, a), and plane Q has the column sums of square (a, a)
+    two sides                rows: a plane for each column of squares; columns: a plane for each row of squares
 
 The outer loop of a square runs over columns. If a block of columns fits with all its features, it stays in shared
 memory while the inner loop runs over the rows. The square then reads x of its columns once, and x of its rows once for
@@ -159,9 +159,8 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the running maxima and sums of some rows, updated with some of the columns.
-
-    These are all columns that need a mask if MASKED, else all other columns.
+    """Return the running maxima and sums of BLOCK_M rows after adding some of the columns: if MASKED, the rounds of
+    columns that need a mask, else all other rounds.
     """
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)

@@ -41,7 +41,7 @@ _Self = TypeVar("_Self")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-RECORDS = not INTERPRETED  # under the interpreter, tests change the tables between calls
+RECORDS = not INTERPRETED  # under the interpreter, tests change tiles between calls, and recordings would be stale
 LARGEST = 32 * 2**20  # the most bytes of a recorded workspace
 KEPT = 1024  # the most kinds of call that are remembered, recorded or not
 ALIGNED = 16  # bytes; Triton compiles separate kernels for pointers with and without this alignment

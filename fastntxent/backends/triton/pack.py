@@ -33,7 +33,7 @@ PADDED_ROWS = 256  # rows are padded to a multiple of this; every tile's height 
 def load_stacked(
     first_ptr, second_ptr, row, d, n_first, n, D, stride_first_m, stride_first_d, stride_second_m, stride_second_d
 ):
-    """Return z of rows of the stacked matrices in float32, with 0 outside the matrices."""
+    """Return elements of the stacked matrices in float32, with 0 outside the matrices."""
     of_first = (row < n_first) & (row < n)
     of_second = (row >= n_first) & (row < n)
     inside = (d < D)[None, :]
@@ -66,8 +66,8 @@ def _pack_kernel(
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     partner = tl.where(row < n_first, row + n_first, row - n_first)
 
-    # For the norms, elements are scaled so that the row's largest is near 1. Then no square leaves float32's range. The
-    # maximum drops a NaN, but x still contains it.
+    # For the norms, elements are scaled so that the row's largest is near 1. Then the sum of their squares neither
+    # overflows nor underflows. The maximum drops a NaN, but x still contains it.
     largest = tl.zeros((SPAN,), tl.float32)
     of_partner = tl.zeros((SPAN,), tl.float32)
     for start in range(0, DP, BLOCK_D):

@@ -1,4 +1,5 @@
-"""gathered and radial (backward.py) for rows with too many features for a program to hold the sums of a row block.
+"""The sums `gathered` and `radial` (see backward.py), for rows with so many features that no program can hold the sums
+of a row block.
 
 G goes through memory, two squares at a time. Two squares are small enough to stay in the L2 cache. `_form_kernel`
 writes the two squares, one above the other. `_gather_kernel` multiplies them with their columns and adds the result to

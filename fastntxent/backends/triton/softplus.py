@@ -11,8 +11,8 @@ computes sums and gradients. With weights a_i of the rows' sums and c_j of the c
 `unpack.py` turns gathered and radial into gradients. d/db is the sum of G, or half of this sum if there is one side. A
 program owns a block of rows and processes all columns or a part of them. With two sides, each side's gradient needs a
 launch in which that side provides the rows. With u = 2 M K D flops the cost is u for the values alone, 2u with the
-gradient of one side, and 4u with the gradients of two. If the sums of a row block do not fit into registers, G goes
-through memory (panels.py).
+gradient of one side, and 4u with the gradients of two. If the gathered rows of a block do not fit into registers, G
+goes through memory (panels.py).
 
 G may be tiny everywhere, and its scale is not known beforehand. So if G becomes a float16 operand, each row of a tile
 of G is divided by a power of two near the row's largest element. The multiply-add that adds the tile's product to the
@@ -90,7 +90,8 @@ def softplus_of_pairs(
 ):  # fmt: skip
     """Return log(1 + exp(y x)) and y sigmoid(y x), given s, a tile of products of packed rows.
 
-    With MASKED both are 0 for pairs that do not count. Without MASKED all pairs must be between groups.
+    With MASKED both are 0 for pairs that do not count. Without MASKED the tile must have no such pairs and no pairs
+    within a group.
     """
     x = tl.fma(s * r_n[None, :], tl.broadcast_to((r_m * k)[:, None], s.shape), tl.full(s.shape, 0.0, tl.float32) + b)
     if MASKED:

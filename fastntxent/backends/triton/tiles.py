@@ -82,7 +82,8 @@ def store_rows(out_ptr, values, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def load_pieces(x_ptr, lo_ptr, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr):
-    """Return the rows and features of `load_rows` as pieces of an operand, each a pair of x and its low part."""
+    """Return the rows and features of `load_rows` as pieces of an operand: pairs of x and its low part if SPLIT, else
+    pairs of x and x."""
     WIDTH: tl.constexpr = SUMMED if SPLIT and BLOCK_D > SUMMED else BLOCK_D
     pieces = ()
     for i in tl.static_range(BLOCK_D // WIDTH):
@@ -167,7 +168,8 @@ def power_of_two(largest):
 
 @triton.jit
 def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-    """Return float32 numbers as an operand: two parts with the sum x if SPLIT, else x twice."""
+    """Return float32 numbers as an operand: two parts that add up to x if SPLIT, else x rounded to `dtype`,
+    twice."""
     high = rounded(x, dtype, UPCAST)
     if SPLIT:
         return high, rounded(x - high.to(tl.float32), dtype, UPCAST)
@@ -344,7 +346,8 @@ def columns_that_meet(
 
 @triton.jit
 def tiles_of(columns, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the order (for `column_of_tile`) and the number of the tiles that need a mask, or of all other tiles."""
+    """Return the order (for `column_of_tile`) and the number of the tiles that need a mask (if MASKED), or of all other
+    tiles."""
     first, begin_0, end_0, begin_1, end_1, full, last = columns
     met = (end_0 - begin_0 + end_1 - begin_1) // BLOCK_N
     if MASKED:
@@ -377,6 +380,7 @@ def add_dots(
     dots, sums, x_ptr, lo_ptr, row, part_cols, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
 ):
     """Return dots + x_i . sums_i. x_i is loaded again so that the compiler need not hold it in registers until here."""
+    tl.static_assert(SPLIT != 0)  # otherwise x would count twice
     again = row + tl.minimum(part_cols, 0)  # equal to row, but the compiler cannot know that
     x_m = load_pieces(x_ptr, lo_ptr, again, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
     for i in tl.static_range(len(x_m)):

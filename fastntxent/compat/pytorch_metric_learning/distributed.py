@@ -136,7 +136,7 @@ class DistributedLossWrapper(TypedModule):
         all_labels = None if labels is None else batch.gather(labels.to(embeddings.device))
         all_refs = all_ref_labels = None
         if ref_emb is not None:
-            own = ref_labels is labels  # as in one process
+            own = ref_labels is labels  # the same tensor: reference i belongs to row i, as in one process
             refs = _open_ranks(group, self.loss, "ref_emb", ref_emb, None if own else ref_labels, own=own)
             all_refs = _rows_of_all_ranks(ref_emb, refs)
             all_ref_labels = all_labels

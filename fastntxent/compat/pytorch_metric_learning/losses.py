@@ -150,8 +150,8 @@ class NTXentLoss(PairLoss):
 
     .. math:: L = \frac{1}{|P|} \sum_{(a, p) \in P} \log \Big(1 + \sum_{(a, n)} e^{(s_{an} - s_{ap})/\tau}\Big)
 
-    It is `fastntxent.sup_con(form="pairs")` with a mean over pairs instead of rows. The loss is 0 without a positive or
-    without a negative pair.
+    It is `fastntxent.sup_con(form="pairs")` with a mean over pairs instead of rows. The loss is 0 if there is no
+    positive pair, no negative pair, or exactly one of each.
 
     Args:
         temperature: A float or a 0-d tensor.
@@ -230,8 +230,8 @@ class SupConLoss(PairLoss):
     .. math:: L_a = \log \sum_{j \in P(a) \cup N(a)} e^{s_{aj}/\tau} - \frac{1}{|P(a)|} \sum_{p \in P(a)} s_{ap}/\tau
 
     An anchor's loss is above 0 if the anchor has a positive and at least one other pair. This is decided by counting
-    pairs, not from the rounded losses. The loss is 0 if the batch has no positive or no negative pair. A repeated pair
-    counts once.
+    pairs, not from the rounded losses. The loss is 0 if there is no positive pair, no negative pair, or exactly one of
+    each. A repeated pair counts once.
 
     Args:
         temperature: A float or a 0-d tensor.
@@ -247,7 +247,7 @@ class SupConLoss(PairLoss):
         ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
             not match.
 
-    With labels, memory is O((M + K) D). P pairs add O(P).
+    With labels, memory is O((M + K) D). With indices_tuple, P listed pairs add O(P).
 
     Example:
         >>> import torch

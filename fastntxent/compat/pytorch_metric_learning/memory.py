@@ -17,7 +17,7 @@ __all__ = ["CrossBatchMemory"]
 
 
 class CrossBatchMemory(TypedModule):
-    """A loss of this module between a batch and a memory of the latest rows, which include the batch itself.
+    """`NTXentLoss` or `SupConLoss` of a batch against a memory of the latest rows, which include the batch itself.
 
     Wang et al., "Cross-Batch Memory for Embedding Learning", 2020. The batch is added to the memory first, but a row's
     copy in the memory is not a positive of the row. No gradient reaches the memory.
@@ -35,14 +35,14 @@ class CrossBatchMemory(TypedModule):
         ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
             not match.
 
-    With labels, a call takes O((M + memory_size) D) memory. With `indices_tuple` and no miner, all pairs are listed, as
-    in the library. As in the library, the `state_dict` has only rows and labels, and a restored `CrossBatchMemory`
-    starts empty.
+    With neither a miner nor `indices_tuple`, a call takes O((M + memory_size) D) memory. With `indices_tuple` and no
+    miner, all pairs are listed, as in the library. As in the library, the `state_dict` has only rows and labels, and a
+    restored `CrossBatchMemory` starts empty.
 
     Example:
         >>> import torch
         >>> loss = CrossBatchMemory(NTXentLoss(temperature=1.0), embedding_size=4, memory_size=8)
-        >>> loss(torch.eye(4), torch.arange(4)), loss(torch.eye(4), torch.arange(4))  # no positive yet; two views
+        >>> loss(torch.eye(4), torch.arange(4)), loss(torch.eye(4), torch.arange(4))  # no positive, then two views
         (tensor(0.), tensor(1.1654))
     """
 

@@ -155,7 +155,7 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
             },
         })  # fmt: skip
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    for row in rows:  # one encoder for the whole group
+    for row in rows:  # the group's classes share one encoder, so divide the time
         row["seconds"] = {"wall": wall / len(group), "cpu": cpu / len(group)}
     write(path, {"classes": rows})
     return rows

@@ -13,8 +13,8 @@ from ..config import Config
 TEMPERATURE = 0.5
 OBJECTIVES = ("nt_xent", "alignment", "distribution")
 NORMS = ("batch", "none")
-# Peak learning rate of the runs without BatchNorm. With the trainer's default of 0.003, alignment alone has not fully
-# collapsed when the run ends (kNN accuracy of z: 26 % after 20 epochs). NT-Xent learns with either rate.
+# Peak learning rate of the runs without BatchNorm. With the trainer's default of 0.003, alignment alone collapses too
+# slowly: after 20 epochs, the kNN accuracy of z is still 26 %, where chance is 10 %. NT-Xent learns with either rate.
 LR_WITHOUT_NORM = 0.01
 
 
