@@ -11,7 +11,8 @@ converged  gradient errors against float64 as training converges (batches from t
 distributed
            a step on 1 to 4 gloo ranks on this machine: bytes and time, compared with the model of docs/distributed.md
            and with an all-gather with autograd (needs the test files)
-family     CLIP's loss compared with its dense formula, and SupCon compared with NT-Xent: time, and peak memory (Linux)
+family     CLIP and NT-Xent of bfloat16 rows compared with their dense formulas, and SupCon compared with NT-Xent: time,
+           and peak memory (Linux)
 drop-ins   small batches: the losses of fastntxent.compat compared with the formulas of the libraries they replace
 gpu        like cpu, on a CUDA device, with the model's prediction beside our times
 kernels    the Triton kernels compiled for GPUs that need not be present: registers, shared memory, spills, and the

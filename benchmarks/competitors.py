@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -70,10 +70,10 @@ def _imports(name: str) -> bool:
 
 
 def _lightly_without_torchvision() -> None:
-    """Make the files of the installed lightly.loss importable without the rest of lightly.
+    """Make NT-Xent and other losses of the installed lightly.loss importable without the rest of lightly.
 
-    The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank shared by several
-    processes calls it.
+    The rest needs torchvision. `lightly.models.utils` is left empty, because NT-Xent calls it only for a memory bank
+    shared by several processes.
     """
     package = importlib.util.find_spec("lightly")
     assert package is not None
@@ -114,7 +114,7 @@ COMPETITORS = {
 }
 
 
-def names(device: str, n: int, only: Iterable[str] | None = None) -> list[str]:
+def names(device: str, n: int, only: Collection[str] | None = None) -> list[str]:
     """Return the names of the losses that run on a device with n samples, ours first."""
     return [
         name

@@ -1,8 +1,9 @@
-"""Suite `family`: losses other than NT-Xent, each compared with a baseline. The losses of a comparison are timed in
-turn. The peak memory of each is measured in a separate process (Linux).
+"""Suite `family`: losses other than NT-Xent in float32, each compared with a baseline. The losses of a comparison are
+timed in turn. The peak memory of each is measured in a separate process (Linux).
 
 two towers   CLIP on unit rows, against the dense formula of both directions
 labels       the three forms of SupCon with ten classes, against NT-Xent on the same rows
+bfloat16     NT-Xent of bfloat16 rows and of the same rows in float32, against the dense formula under autocast
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 import fastntxent
 from fastntxent.options import SupConForm
 
-from . import instruction_set, memory
+from . import instruction_set, losses, memory
 from .competitors import Loss
 from .timing import TEMPERATURE, Case, interleave, quantiles, step
 
@@ -51,6 +52,15 @@ def _nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
     return fastntxent.nt_xent(z_i, z_j, TEMPERATURE)
 
 
+def _dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return losses.dense(z_i, z_j, TEMPERATURE)
+
+
+def _nt_xent_in_float32(z_i: Tensor, z_j: Tensor) -> Tensor:
+    return _nt_xent(z_i.float(), z_j.float())
+
+
 # For each comparison: its losses, the baseline first, and its sizes (N, D).
 COMPARISONS: dict[str, tuple[dict[str, Loss], list[tuple[int, int]]]] = {
     "two towers": ({"dense CLIP": _dense_clip, "clip": _clip}, [(8192, 512)]),
@@ -58,13 +68,22 @@ COMPARISONS: dict[str, tuple[dict[str, Loss], list[tuple[int, int]]]] = {
         {"nt_xent": _nt_xent, **{f"sup_con {form}": _sup_con(form) for form in FORMS}},
         [(1024, 128), (4096, 128)],
     ),
+    "bfloat16": (
+        {
+            "dense NT-Xent, bfloat16": _dense_nt_xent,
+            "nt_xent, bfloat16": _nt_xent,
+            "nt_xent, the same in float32": _nt_xent_in_float32,
+        },
+        [(1024, 128), (4096, 128), (2048, 768)],
+    ),
 }
-LOSSES = {name: loss for losses, _ in COMPARISONS.values() for name, loss in losses.items()}
+LOSSES = {name: loss for compared, _ in COMPARISONS.values() for name, loss in compared.items()}
+SAME_LOSS = {"two towers": 1e-4, "bfloat16": 1e-2}  # comparisons of one loss: the largest relative difference
 
 
 def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return two views. For two towers they are unit rows, since CLIP normalises its features before the loss."""
-    views = Case(n, d).inputs(seed)
+    views = Case(n, d, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32).inputs(seed)
     if kind == "two towers":
         image, text = (F.normalize(view.detach(), dim=1).requires_grad_() for view in views)
         return image, text
@@ -74,15 +93,15 @@ def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Return every comparison at its default sizes, or at the sizes given on the command line."""
     results = []
-    for kind, (losses, sizes) in COMPARISONS.items():
+    for kind, (compared, sizes) in COMPARISONS.items():
         if arguments.n or arguments.d:
             sizes = [(n, d) for n in arguments.n or [sizes[0][0]] for d in arguments.d or [sizes[0][1]]]
         for n, d in sizes:
             batch = inputs(kind, n, d)
-            if kind == "two towers":  # both compute the same loss
-                values = [float(loss(*batch).detach()) for loss in losses.values()]
-                assert abs(values[0] / values[1] - 1) < 1e-4, values
-            calls = {name: lambda _, loss=loss, batch=batch: step(loss, *batch) for name, loss in losses.items()}
+            if kind in SAME_LOSS:
+                values = [float(loss(*batch).detach()) for loss in compared.values()]
+                assert all(abs(value / values[0] - 1) < SAME_LOSS[kind] for value in values), values
+            calls = {name: lambda _, loss=loss, batch=batch: step(loss, *batch) for name, loss in compared.items()}
             times = {name: phases["both"] for name, phases in interleave(calls, arguments.seconds).items()}
             first = statistics.median(next(iter(times.values())))
             for name, seconds in times.items():

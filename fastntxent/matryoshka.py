@@ -42,11 +42,11 @@ def matryoshka(
     Args:
         loss: A loss or module of this package, or any other function of embeddings.
         *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, including those
-            inside lists, tuples and mappings, are treated as embeddings (..., D), and the loss gets their first d
-            features. This includes the embeddings of a guide or a teacher. Everything else is passed on unchanged, and
-            so are the arguments named `pair_weights`, `mask` and `logits`. To keep another tensor uncut, bind it with
-            `functools.partial` and pass the result to `matryoshka` as the loss. Do the same with an argument of the
-            loss named `weights`, because `matryoshka` has an argument of that name.
+            inside lists, tuples, mappings and dataclasses, are treated as embeddings (..., D), and the loss gets their
+            first d features. This includes the embeddings of a guide or a teacher. Everything else is passed on
+            unchanged, and so are the arguments named `pair_weights`, `mask` and `logits`. To keep another tensor uncut,
+            bind it with `functools.partial` and pass the result to `matryoshka` as the loss. Do the same with an
+            argument of the loss named `weights` or `dims`, because `matryoshka` has arguments of these names.
         dims: The widths, integers from 1 to D.
         weights: One finite number per width, not all 0. None: a weight of 1 each, as in the paper.
         **options: Keyword arguments of the loss, treated like `arguments`.
@@ -132,11 +132,12 @@ class MatryoshkaLoss(TypedModule):
 
         Args:
             *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, including
-                those inside lists, tuples and mappings, are treated as embeddings (..., D), and the loss gets their
-                first d features. This includes the embeddings of a guide or a teacher. Everything else is passed on
-                unchanged, and so are the arguments named `pair_weights`, `mask` and `logits`. To keep another tensor
-                uncut, bind it with `functools.partial` and pass the result to `matryoshka` as the loss. Do the same
-                with an argument of the loss named `weights`, because `matryoshka` has an argument of that name.
+                those inside lists, tuples, mappings and dataclasses, are treated as embeddings (..., D), and the loss
+                gets their first d features. This includes the embeddings of a guide or a teacher. Everything else is
+                passed on unchanged, and so are the arguments named `pair_weights`, `mask` and `logits`. To keep another
+                tensor uncut, bind it with `functools.partial` and pass the result to `matryoshka` as the loss. Do the
+                same with an argument of the loss named `weights` or `dims`, because `matryoshka` has arguments of these
+                names.
             **options: Keyword arguments of the loss, treated like `arguments`.
 
         Returns:

@@ -134,13 +134,15 @@ CASES: dict[str, Call] = {
     ),
     "multi_clip": lambda z, ids, tau, **kw: fastntxent.multi_clip(list(z), tau, **kw),
     "distill": functools.partial(distill, teacher_temperature=0.3),
-    "distill at its temperature": distill,
+    "distill teacher at the student's temperature": distill,
     "distill sum": functools.partial(distill, teacher_logit_scale=4.0, reduction="sum"),
     "distill rows as they are": functools.partial(distill, normalize=False, teacher_temperature=2.0),
     "distill frozen": functools.partial(distill, frozen=True),
     "distill sharp teacher": functools.partial(distill, teacher_temperature=1e-6),
     "distill called": functools.partial(distill_called, teacher_temperature=0.3),
-    "distill called at its temperature": functools.partial(distill_called, reduction="sum", normalize=False),
+    "distill called, teacher at the student's temperature": functools.partial(
+        distill_called, reduction="sum", normalize=False
+    ),
     "distill called frozen": functools.partial(distill_called, frozen=True),
     "guided": guided,
     "guided keys alone": functools.partial(guided, contrast_anchors=False, contrast_positives=False, reduction="sum"),

@@ -9,7 +9,8 @@
 
 namespace fntx {
 
-// A log-sum-exp as peak + log(sum). An empty sum has a peak of -inf, or a peak of 0 and a sum of 0.
+// A log-sum-exp as peak + log(sum). An empty sum has a peak of -inf or, in the direct
+// range, where every peak is 0, a sum of 0.
 struct LogSum {
     float peak, sum;
 
@@ -41,7 +42,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
         walk.each_tile(no_weight, as_it_is, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int) {
             if (direct)
                 walk.each(s, [&](float& x, int h, int col) { x *= v.r[col] * scale[h]; });
-            else  // multiply in the backward's order, to round alike: the backward subtracts nu from the same logits
+            else  // in the backward's order, so that both round the same way: it subtracts nu from the same logits
                 walk.each(s, [&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
             if (!mask.whole) walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {

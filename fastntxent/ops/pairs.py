@@ -5,8 +5,8 @@
 
 These are operators so that a compiled, exported or traced graph does not depend on the number of pairs. A list of P
 pairs costs 2 P D flops forward and 4 P D backward, and the rows of its pairs are gathered one piece at a time. A B x C
-mask costs 2 B C D flops forward and 2 B C D backward, and is converted to the dtype of x one piece at a time. Sums have
-a fixed order on every device.
+mask without a gradient costs 2 B C D flops forward and 2 B C D backward, and is converted to the dtype of x one piece
+at a time. Sums have a fixed order on every device.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -36,7 +35,8 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error, where DataLoader workers put the message; the error's type if it is empty."""
+    """Return the last line of an error's message, where a DataLoader worker's original error is, or the error's type if
+    the message is empty."""
     return printable(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
-    """Check, before any work, that the file `--out` of a command can be written.
+    """Check, before any work, that a command's `--out` file can be written.
 
     Args:
         needed: upper bound on the file's size in bytes.
@@ -59,7 +59,29 @@ def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
         raise ValueError(f"--out {printable(path)} is a folder; give the file to write")
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"--out {printable(path)} exists: replace it with --overwrite, or choose another --out")
-    OutputFolder(path.parent).check(needed)
+    _check_writable(path.parent, path, needed)
+
+
+def _check_writable(folder: Path, out: Path, needed: int) -> None:
+    """Check that files can be written into a folder; `out` is what the user passed as `--out`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{_PROBE}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
+        try:
+            with probe.open("xb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ValueError(f"--out {printable(out)} cannot be written to: {error.strerror}") from error
+    if free < needed:
+        raise ValueError(
+            f"--out {printable(out)} has {free / 2**20:.0f} MiB of free disk space, but up to "
+            f"{needed / 2**20:.0f} MiB are needed"
+        )
 
 
 class OutputFolder:
@@ -78,27 +100,10 @@ class OutputFolder:
         Raises:
             ValueError: the folder cannot be created or is not writable, or its disk has too little space.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f"{_PROBE}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
-            try:
-                with probe.open("xb") as file:
-                    file.write(bytes(4096))
-                    file.flush()
-                    os.fsync(file.fileno())
-            finally:
-                probe.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.path).free
-            for name in FILES:
-                if (self.path / name).is_dir():
-                    raise IsADirectoryError(errno.EISDIR, f"its {name} is a folder")
-        except OSError as error:
-            raise ValueError(f"--out {printable(self.path)} cannot be written to: {error.strerror}") from error
-        if free < needed:
-            raise ValueError(
-                f"--out {printable(self.path)} has {free / 2**20:.0f} MiB of free disk space, but up to "
-                f"{needed / 2**20:.0f} MiB are needed"
-            )
+        _check_writable(self.path, self.path, needed)
+        for name in FILES:
+            if (self.path / name).is_dir():
+                raise ValueError(f"--out {printable(self.path)} cannot be written to: its {name} is a folder")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

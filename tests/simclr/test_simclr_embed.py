@@ -224,8 +224,8 @@ MISTAKES = {
     "{folder}/images --checkpoint {folder}/bad.png": "{folder}/bad.png cannot be read as a checkpoint",
     "{folder}/images --out {folder}/there.npz": "--out {folder}/there.npz exists: replace it with --overwrite",
     "{folder}/images --out {folder}": "--out {folder} is a folder",
-    "{folder}/images --out {folder}/bad.png/f.npz": "--out {folder}/bad.png cannot be written to: ",
-    "{folder}/images --out /proc/f.npz": "--out /proc cannot be written to: ",
+    "{folder}/images --out {folder}/bad.png/f.npz": "--out {folder}/bad.png/f.npz cannot be written to: ",
+    "{folder}/images --out /proc/f.npz": "--out /proc/f.npz cannot be written to: ",
 }
 
 

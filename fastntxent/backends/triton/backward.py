@@ -4,8 +4,8 @@
     gathered_i = sum_j G_ij u_j                         radial_i = sum_j G_ij s_ij
 
 `unpack.py` turns gathered and radial into the gradients with respect to z and k. radial is summed in float32 before G
-is rounded to the dtype of the operands. With rows in two parts, G keeps 22 bits, so `_fused_kernel` computes radial
-from gathered instead. There are no atomic additions.
+is rounded to the dtype of the operands. A float32 row is stored as two float16 parts (SPLIT, unless TF32 is allowed).
+G then keeps 22 bits, so `_fused_kernel` computes radial from gathered instead. There are no atomic additions.
 
 If `gathered` fits into registers for all features of a block of rows, `_fused_kernel` computes it. A program owns a
 block of rows. It computes a tile of G, rounds the tile, and multiplies it with the columns while their x is still
@@ -143,9 +143,10 @@ def gradient(
     pos_factor: float = 1.0,
     totals: Tensor | None = None,
 ) -> Gradients:
-    """Return d/dz of both matrices of the rows, d/dk, and `weight` times the sum of `totals`.
+    """Return the gradients with respect to the rows' two matrices (`first` and `second`) and to k, and, if `totals` is
+    given, the loss: `weight` times the sum of `totals`.
 
-    `weight` multiplies the weights of nu, and `pos_factor` multiplies `d_pos`, the weights of the positives.
+    `weight` multiplies G and the loss, and `pos_factor` multiplies `d_pos`, the weights of the positives.
     """
     fused = config.choose(sides.tiles_as("fused"), sides.rows) is not None
     gathered = _gather_fused(sides, weights) if fused else panels.gather(sides, weights)
