@@ -36,11 +36,11 @@ ALIGNED_ROWS = 48  # csrc/cpu/kernels.h
 class Costs(NamedTuple):
     """Nanoseconds on one core, for float32 and AVX-512.
 
-    The first group is a least-squares fit to the one-thread times in benchmarks/results/cpu-avx512.json. The model
-    reproduces these times within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group follows from a count
-    of operations: 15 to 20 ns for exp or log in double precision, and 1 to 2 ns for a number read or written. The third
-    group has the magnitude of published latencies: 50 to 150 ns between two cores of one processor, and a few
-    microseconds for a parallel region of OpenMP.
+    The first group is a least-squares fit to the one-thread times in benchmarks/results/schedule-fit.json, a record of
+    suite cpu. The model reproduces these times within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group
+    follows from a count of operations: 15 to 20 ns for exp or log in double precision, and 1 to 2 ns for a number read
+    or written. The third group has the magnitude of published latencies: 50 to 150 ns between two cores of one
+    processor, and a few microseconds for a parallel region of OpenMP.
     """
 
     call: float = 130_000  # Python, autograd and memory, independent of the size

@@ -10,7 +10,14 @@ SuiteRecord = dict  # as written by __main__
 
 NAMES = {"compiled": "torch.compile", "chunked": "checkpointed chunks"}
 _HEADS = {**{name: f"`{name}`" for name in OURS}, **NAMES}
-_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "portable": "portable C++"}
+_SETS = {
+    "amx": "AVX-512 with AMX",
+    "avx512_bf16": "AVX-512 with BF16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "neon": "NEON",
+    "portable": "portable C++",
+}
 _RIVALS = ("eager", "compiled", "lightly")  # losses whose times the tables show as multiples of ours
 _ABSENT = "-"
 

@@ -110,7 +110,7 @@ def test_more_threads_than_blocks_wait_for_turns():
 
 @needs_results
 def test_predicted_time_of_one_thread_matches_the_measured_time():
-    for result in json.loads((RESULTS / "cpu-avx512.json").read_text())["results"]:
+    for result in json.loads((RESULTS / "schedule-fit.json").read_text())["results"]:
         measured = result["threads"]["1"]["both"]["p50"]
         predicted = schedule.simulate(schedule.two_views(result["n"], result["d"]), 1).ms
         assert predicted == pytest.approx(measured, rel=0.06), (result["n"], result["d"])
@@ -118,7 +118,7 @@ def test_predicted_time_of_one_thread_matches_the_measured_time():
 
 @needs_results
 def test_predicted_speed_up_of_two_threads_matches_the_measured_one():
-    for result in json.loads((RESULTS / "cpu-avx512.json").read_text())["results"]:
+    for result in json.loads((RESULTS / "schedule-fit.json").read_text())["results"]:
         if result["n"] < 256:
             continue  # one thread is used, whatever the setting
         problem = schedule.two_views(result["n"], result["d"])
