@@ -1,8 +1,8 @@
-"""python -m benchmarks SUITE: measure this machine, print a table and write JSON.
+"""python -m benchmarks SUITE: measure this machine, print a table and, with --out, write JSON.
 
-cpu        time of forward, backward and both for every loss, and the machine's limit: twice 2 M^2 D flops, M = 2N, at
-           the rate of a 2048^3 product measured in the same run. --threads 1 2 adds our kernel's speed-up. The report
-           reads every cpu*.json, one per instruction set
+cpu        time of forward, backward and both for every loss, and the machine's limit: the time of 4 M^2 D flops (two
+           products of all M = 2N rows with themselves) at the rate of a 2048^3 product measured in the same run.
+           --threads 1 2 adds our kernel's speed-up. The report reads every cpu*.json, one per instruction set
 memory     peak memory beyond the inputs, one process per measurement (Linux)
 scaling    our `cpu` kernel at large N: seconds divided by N^2, and peak memory (Linux). --threads 1 2 4 ...: our
            kernel and torch.mm at these numbers of threads, compared with the prediction of suite schedule
@@ -11,8 +11,8 @@ converged  gradient errors against float64 as training converges (batches from t
 distributed
            a step on 1 to 4 gloo ranks on this machine: bytes and time, compared with the model of docs/distributed.md
            and with an all-gather with autograd (needs the test files)
-family     CLIP and NT-Xent of bfloat16 rows compared with their dense formulas, and SupCon compared with NT-Xent: time,
-           and peak memory (Linux)
+family     CLIP in float32 and NT-Xent of bfloat16 rows, each compared with its dense formula; SupCon compared with
+           NT-Xent: time, and peak memory (Linux)
 drop-ins   small batches: the losses of fastntxent.compat compared with the formulas of the libraries they replace
 gpu        like cpu, on a CUDA device, with the model's prediction beside our times
 kernels    the Triton kernels compiled for GPUs that need not be present: registers, shared memory, spills, and the

@@ -20,15 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # the types of most attributes, skipped early
+# Not searched, because they refer to nothing. A number or string is restored with the module or container that holds it.
+_WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)
 # Attributes of every module that are not searched for state: parameters, hooks and flags. FSDP replaces sharded
 # parameters with full ones in a forward, so a restore must leave parameters alone.
 _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
 def module_of(function: Callable[..., Any]) -> nn.Module | None:
-    """Return the module behind a callable: the callable itself, or the module whose method it is, also if it is wrapped
-    in `functools.partial`. Return None if there is no module."""
+    """Return the module behind a callable: the callable itself if it is a module, or the module that it is a method of.
+
+    `functools.partial` is unwrapped first. Return None if there is no module.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
@@ -220,7 +223,7 @@ def _refill_mapping(mapping: dict[Any, Any], keys: Collection[Any], values: Coll
     if not (_identical(mapping.keys(), keys) and _identical(mapping.values(), values)):
         mapping.clear()
         for key, value in zip(keys, values, strict=True):
-            mapping[key] = value  # not update(), which would add in a Counter
+            mapping[key] = value  # not update(): a Counter would count the (key, value) pairs
 
 
 def _refill_collection(collection: Any, items: Collection[Any]) -> None:

@@ -49,7 +49,7 @@ def test_cached_backward_equals_whole_batch(chunk_size):
         torch.testing.assert_close(value, e)
 
 
-def test_cached_backward_holds_one_chunk_of_activations():
+def test_cached_backward_runs_the_encoder_with_a_graph_on_one_chunk_at_a_time():
     encoder, sizes = nn.Linear(6, 5), []
     encoder.register_forward_hook(lambda module, args, output: sizes.append((len(output), output.requires_grad)))
     cached_backward(encoder, torch.randn(2, 10, 6).unbind(), NTXentLoss(), chunk_size=4)
@@ -167,7 +167,7 @@ VIEW = torch.randn(4, 6)
         ([VIEW, VIEW], 2, lambda a, b: 1.0, TypeError, "loss_fn must return a torch.Tensor, got float"),
     ],
 )
-def test_cached_backward_bad_input_raises_an_error_that_names_it(views, chunk_size, loss_fn, error, message):
+def test_cached_backward_raises_an_error_that_names_the_bad_argument(views, chunk_size, loss_fn, error, message):
     with pytest.raises(error, match=message):
         cached_backward(nn.Linear(6, 5), views, loss_fn or NTXentLoss(), chunk_size=chunk_size)
 
@@ -337,7 +337,9 @@ def seed_all(seed):
 
 
 @pytest.mark.parametrize("make", STATEFUL)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # older PyTorch's norms and JIT
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning"
+)  # the old norms of nn.utils, and TorchScript, are deprecated
 def test_cached_backward_of_a_stateful_encoder_equals_the_uncached_step(make):
     views, later = torch.randn(2, 10, 6).unbind(), torch.randn(4, 6)
     ends = []
@@ -361,7 +363,7 @@ def test_cached_backward_keeps_the_identity_of_state_objects():
     assert all(now is before for now, before in zip(encoder.parameters(), parameters, strict=True))
 
 
-def test_cached_backward_leaves_earlier_graphs_through_a_buffer_usable():
+def test_cached_backward_does_not_break_an_earlier_graph_that_saved_a_buffer():
     encoder = nn.Linear(6, 5)
     encoder.register_buffer("scale", torch.ones(5))
     z = encoder(torch.randn(3, 6)) * encoder.scale

@@ -1,4 +1,4 @@
-"""The model of the CUDA kernel: how it cuts a call, and the times of its phases."""
+"""The model of the CUDA kernel: how a call is split into tasks, and how long each phase takes."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def carved(cut, n, parts):
 @pytest.mark.parametrize("n", [40, 512, 2048, 5000, 16384])
 @pytest.mark.parametrize("d", [64, 128, 200, 768])
 @pytest.mark.parametrize(("parts", "dtype"), [(1, 1), (2, 2)])
-def test_the_model_plans_a_call_as_the_kernel_does(n, d, parts, dtype):
+def test_the_model_plans_as_large_a_workspace_as_the_kernel(n, d, parts, dtype):
     kernels = emulated_kernels()
     kernels.emulate(CHIP.multiprocessors, H100, 0, 16, 2)
     cut = model_cuda.plan(CHIP, 255, n, d, parts)

@@ -26,7 +26,8 @@
 //
 // In a symmetric call (no columns given), the rows are also the columns, and each row has only one neg_lse.
 //
-// The other functions replace nu_i with a different sum. With x_ij = k u_i . v_j + b:
+// The formulas above are for FNTX_LOG_SUM_EXP. FNTX_SOFTPLUS and FNTX_SIGMOID replace nu_i with a different sum. With
+// x_ij = k u_i . v_j + b:
 //
 //     FNTX_SOFTPLUS  nu_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))
 //                    loss = sum_i w (nu_i + log(1 + exp(-pi_i - b)))

@@ -62,8 +62,8 @@ def clip(
     For features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
 
     With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
-    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
-    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
+    then has an absolute error of about eps / tau, the rounding error of a logit (eps is the machine epsilon). The
+    gradient of form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
     The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
     by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
@@ -233,15 +233,15 @@ def multi_clip(
     Natural Language Supervision", 2021.
 
     With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
-    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
-    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
+    then has an absolute error of about eps / tau, the rounding error of a logit (eps is the machine epsilon). The
+    gradient of form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
     The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
     by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
     negatives.
 
-    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(T N
-    D); the reference backend takes O(N^2).
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(T^2 N D),
+    for two gradients of each pair of towers; the reference backend takes O(T^2 N^2).
 
     Args:
         features: T >= 2 tensors (N, D) of the same shape, dtype and device, one per tower. Row n of each belongs to

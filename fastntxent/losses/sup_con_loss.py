@@ -66,9 +66,9 @@ def sup_con(
     all other rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes
     negatives only.
 
-    In "out" the positives are part of the sum over "all". Near convergence its gradient then has the absolute accuracy
-    of a logit, an error of about eps / tau with the machine epsilon eps. The gradients of "in" and "pairs" keep their
-    relative accuracy.
+    In "out" the positives are part of the sum over "all". Near convergence its gradient then has an absolute error of
+    about eps / tau, the rounding error of a logit (eps is the machine epsilon). The gradients of "in" and "pairs" keep
+    their relative accuracy.
 
     On the same device with the same number of threads, the same input gives the same bits. "out" takes the time of
     `nt_xent` and O(M D) memory. Several labels per row take O((M + D) C) more memory, and `pair_weights` takes

@@ -51,8 +51,8 @@ class CLIPLoss(TemperatureLoss):
     images.
 
     With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
-    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
-    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
+    then has an absolute error of about eps / tau, the rounding error of a logit (eps is the machine epsilon). The
+    gradient of form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
     The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
     by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
@@ -201,8 +201,8 @@ class MultiCLIPLoss(CLIPLoss):
     Natural Language Supervision", 2021.
 
     With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
-    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
-    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
+    then has an absolute error of about eps / tau, the rounding error of a logit (eps is the machine epsilon). The
+    gradient of form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
     The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
     by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of

@@ -10,7 +10,7 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class DCLLoss(TemperatureLoss):
-    r"""DCL, NT-Xent without the positive in its own denominator, as a module.
+    r"""DCL as a module: NT-Xent with the positive left out of the denominator.
 
     .. math:: L_i = -s_{i,p(i)}/\tau + \log \sum_{j \ne i, p(i)} e^{s_{ij}/\tau}
 
