@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Not searched, because they refer to nothing. A number or string is restored with the module or container that holds it.
+# Not searched, because they refer to nothing. A number or string is restored with the module or container that has it.
 _WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)
 # Attributes of every module that are not searched for state: parameters, hooks and flags. FSDP replaces sharded
 # parameters with full ones in a forward, so a restore must leave parameters alone.
