@@ -171,7 +171,9 @@ def _group(loss: Callable[..., Any], options: Mapping[str, Any]) -> Group | None
     bound: dict[str, Any] = {}
     while isinstance(loss, functools.partial):
         bound, loss = {**loss.keywords, **bound}, loss.func
-    return {"group": getattr(module_of(loss) or loss, "group", None), **bound, **options}["group"]
+    module = module_of(loss)
+    owner = loss if module is None else module  # a module that is an empty container is false
+    return {"group": getattr(owner, "group", None), **bound, **options}["group"]
 
 
 def _names(loss: Callable[..., Any], n_arguments: int) -> list[str]:
