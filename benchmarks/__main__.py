@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from . import (
@@ -80,6 +81,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _tile(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive, text.split(",")))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one suite, or update the report."""
     parser = argparse.ArgumentParser(
@@ -96,10 +101,23 @@ def main(argv: list[str] | None = None) -> None:
         if name == "kernels":
             suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")
             suite.add_argument("--check", action="store_true", help="fail if any kernel has faults")
+            suite.add_argument("--quick", action="store_true", help="compile half of the cases (QUICK in kernels.py)")
         if name == "tune":
             suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="use the model, not a device")
             suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="only these")
             suite.add_argument("--most", type=_positive, default=12, help="tiles to time per class (default: 12)")
+            suite.add_argument(
+                "--d", type=int, nargs="+", choices=tune.FEATURE_CLASSES.values(), help="only these classes of features"
+            )
+            suite.add_argument(
+                "--tiles", type=_tile, nargs="+", metavar="M,N,D,WARPS,STAGES[,REGISTERS]", help="only these tiles"
+            )
+            suite.add_argument(
+                "--workers",
+                type=_positive,
+                default=os.cpu_count(),
+                help="processes that compile (default: %(default)s)",
+            )
             suite.add_argument("--write", action="store_true", help="update the package's table")
         elif name not in ("converged", "distributed", "drop-ins", "family", "kernels", "model", "schedule"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="only these losses")

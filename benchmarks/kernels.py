@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,18 @@ import torch
 from . import sass
 from .chips import CHIPS, Chip
 
+VARIANTS = ("usual", "general")
 FEATURES = (64, 128, 256, 768)
 GENERAL = (128, 768)  # features for which the general variant is compiled too
+# The cases that --quick compiles: (dtype, features) -> variants. TF32 aside, they cover every pair of dtype and
+# variant, of dtype and features in GENERAL, and of variant and features in GENERAL.
+QUICK = {
+    ("bf16", 128): ("usual",),
+    ("bf16", 768): ("usual", "general"),
+    ("fp32", 128): ("general",),
+    ("fp32", 768): ("usual",),
+    ("tf32", 128): ("general",),
+}
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 OPERANDS = {**TORCH, "fp32": torch.float16}  # a float32 operand is two float16 parts
 # Integer arguments (a width and strides) that are compiled as multiples of 16, like all addresses. At a launch, Triton
@@ -136,7 +147,7 @@ class CompiledKernel(NamedTuple):
             matrix units' truncation (`add_product` in tiles.py).
         repeated: number of products in which some warps repeat the work of others, because the tile is too small for so
             many warps.
-        code: the machine code, for NVIDIA only.
+        disassemble: returns the machine code, for NVIDIA only. The first call takes a third of a second.
     """
 
     kernel: str
@@ -156,13 +167,13 @@ class CompiledKernel(NamedTuple):
     fresh: int
     restored: int
     repeated: int = 0
-    code: sass.Region | None = None
+    disassemble: Callable[[], sass.Region] | None = None
 
     @property
     def machine_code(self) -> sass.Region:
         """The machine code of a kernel for an NVIDIA chip."""
-        assert self.code is not None
-        return self.code
+        assert self.disassemble is not None
+        return self.disassemble()
 
     @property
     def warps(self) -> int:
@@ -172,7 +183,9 @@ class CompiledKernel(NamedTuple):
     @property
     def slots(self) -> float | None:
         """Issue slots per iteration of the innermost loop with products, or None if there is no such loop."""
-        return self.code.main.slots(self.warps) if self.code and self.code.tensor else None
+        if self.disassemble is None or not self.machine_code.tensor:
+            return None
+        return self.machine_code.main.slots(self.warps)
 
     @property
     def flops(self) -> float:
@@ -203,8 +216,10 @@ class CompiledKernel(NamedTuple):
     def faults(self) -> list[str]:
         """Return a description of each fault."""
         found = []
-        if self.code and self.target == "sm_90" and 0 < self.code.tensor <= self.code.main.counts["drain"]:
-            found.append("every product waits for the previous one")
+        if self.target == "sm_90" and self.matrix:
+            code = self.machine_code
+            if 0 < code.tensor <= code.main.counts["drain"]:
+                found.append("every product waits for the previous one")
         if self.repeated:
             found.append(f"{self.repeated} products in which some warps repeat the work of others")
         if limit := self.limit:
@@ -240,19 +255,20 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
             continue
         for dtype in TORCH:
             for d in arguments.d or FEATURES:
-                for report in compile_all(target, dtype, d):
-                    results.append({**report._replace(code=None)._asdict(), "faults": report.faults()})
-                    print(line(report), flush=True)
+                variants = QUICK.get((dtype, d), ()) if arguments.quick else VARIANTS
+                for report in compile_all(target, dtype, d, variants):
+                    results.append({**report._replace(disassemble=None)._asdict(), "faults": report.faults()})
+                    print(line(report, with_loop=not arguments.quick), flush=True)
     if arguments.check and (faulty := [result for result in results if result["faults"]]):
         raise SystemExit(f"{len(faulty)} of {len(results)} kernels have faults")
     return results, {}
 
 
-def line(report: CompiledKernel) -> str:
-    """Return the report as a line of text."""
+def line(report: CompiledKernel, *, with_loop: bool = True) -> str:
+    """Return the report as a line of text. Figures of the hot loop need the machine code."""
     tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
     loop = ""
-    if report.slots and CHIPS[report.target].rates:
+    if with_loop and report.slots and CHIPS[report.target].rates:
         counts = report.machine_code.main.counts
         loop = (
             f"iteration: slots {report.slots:.0f} tensor {report.tensor_cycles:.0f} shuffles {counts['shuffle']} "
@@ -266,7 +282,7 @@ def line(report: CompiledKernel) -> str:
     )
 
 
-def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
+def compile_all(target: str, dtype: str, d: int, variants: Sequence[str] = VARIANTS) -> list[CompiledKernel]:
     """Return reports of all kernels for d features in this dtype, with every tile that the table has for them.
 
     The variant "usual" is compiled for every d, and "general" only if d is in GENERAL. TF32 is compiled only as
@@ -278,7 +294,9 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
     reports: list[CompiledKernel] = []
     if dtype == "tf32" and CHIPS[target].backend == "hip":
         return reports
-    for variant in ("usual", "general") if d in GENERAL else ("usual",):
+    for variant in variants:
+        if variant == "general" and d not in GENERAL:
+            continue
         if d == GENERAL[0] and dtype != "tf32":  # the code of these kernels is the same for every d
             reports += [compile_one(target, kernel, dtype, d, variant) for kernel in AROUND]
         if dtype == "tf32" and variant == "usual":  # the general variant suffices: TF32 uses float32's tiles
@@ -391,6 +409,8 @@ def compile_one(
         "form_limited": panels._form_kernel,
         "end": softplus._end_kernel,
     }[kernel]
+    if not isinstance(function, triton.JITFunction):
+        raise TypeError("kernels that are interpreted cannot be compiled: unset TRITON_INTERPRET")
     fused, limited = TILED_AS.get(kernel, kernel) in ("fused", "pairs"), kernel.endswith("_limited")
     shifted = True if limited else shifted
     constants = {
@@ -437,14 +457,15 @@ def compile_one(
         options={**tiles.NO_CONTRACTION, **tile_or_any.options},
     )
     assembly = compiled.asm["ptx"] if chip.backend == "cuda" else compiled.asm["amdgcn"]
-    registers, stack, spilled = _cuda_usage(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_usage(assembly)
+    cubin = compiled.asm["cubin"] if chip.backend == "cuda" else None
+    registers, stack, spilled = _cuda_usage(cubin) if cubin else _hip_usage(assembly)
     instruction = chip.matrix if block_m >= 64 else r"mma\.sync|v_mfma"  # the newest instructions need 64 rows
     shared, matrix = compiled.metadata.shared, len(re.findall(instruction, assembly))
     resident = chip.resident(registers, shared, num_warps, getattr(compiled.metadata, "tmem_size", 0))
     return CompiledKernel(
         kernel, target, dtype, d, variant, shifted, tile, shared, registers, stack, spilled, matrix, resident,
         *_sums(compiled.asm["ttgir"]), _repeated(compiled.asm["ttgir"]),
-        sass.program(compiled.asm["cubin"]) if chip.backend == "cuda" else None,
+        functools.cache(lambda: sass.program(cubin)) if cubin else None,
     )  # fmt: skip
 
 

@@ -118,11 +118,18 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
 
 
 def trips_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
-    """Return the numbers of iterations of the loops in the machine code, outermost first. If the machine code has more
-    loops than `work.trips`, its outermost loops run once. If it has fewer, the compiler has unrolled the innermost
-    loops, and their numbers are left out."""
+    """Return the numbers of iterations of the loops in the machine code, outermost first.
+
+    If the machine code has more loops than `work.trips`, its outermost loops run once. If it has fewer, the compiler
+    has unrolled the innermost loops, and their numbers are left out. If it has partly unrolled the innermost loop, one
+    iteration has the flops of several, and the iterations that remain are in the code around the loop.
+    """
     code = report.machine_code
     trips = (1.0,) * (code.depth - len(work.trips)) + work.trips[: code.depth]
+    of_iteration = kernels.flops_of_iteration(report.kernel, report.tile, report.d, report.dtype)
+    unrolled = round(code.main.flops * report.warps / of_iteration)
+    if unrolled > 1 and code.depth >= len(work.trips) > 0:
+        trips = (*trips[:-1], trips[-1] // unrolled)
     found, wanted = code.total(trips, lambda region: region.flops) * report.warps, work.flops / work.programs
     assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
     return trips

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -44,6 +47,7 @@ REPEATS = 20  # steps per CUDA graph: in a short step the host takes longer than
 SPREAD = 1.03  # predicted times within this factor count as equal; `take` prefers the largest tile
 
 Sizes = tuple[int, ...]  # the fields of a config.TileConfig
+Each = Callable[[Callable[[Sizes], float | None], list[Sizes]], Iterable[float | None]]  # `map`, or a pool's
 Best = dict[tuple[str, str, int | None, int | None], tuple[float, Sizes | None]]  # kernel, dtype, rows, features
 
 
@@ -66,40 +70,71 @@ def candidates(kernel: str, width: int, DP: int) -> Iterator[Sizes]:
 
 
 def rank(
-    target: str, kernel: str, dtype: str, DP: int, M: int, tiles: Iterable[Sizes], most: int
+    target: str,
+    kernel: str,
+    dtype: str,
+    DP: int,
+    M: int,
+    tiles: Iterable[Sizes],
+    most: int,
+    each: Each = map,
+    at_once: int = 1,
 ) -> list[tuple[float, Sizes]]:
-    """Return at most `most` tiles without faults, fastest first, with the seconds that the model predicts. A tile whose
-    lower bound is above all of these times is not compiled."""
+    """Return at most `most` tiles without faults, fastest first, with the seconds that the model predicts.
+
+    A tile whose lower bound is above all of these times is not compiled. The others are compiled `at_once` at a time,
+    by `each`.
+    """
+    seconds = functools.partial(predicted, target, kernel, dtype, DP, M)
+    best_first = sorted(((seconds(tile), tile) for tile in tiles), key=lambda pair: (pair[0], *_size(pair[1])))
+    found: list[tuple[float, Sizes]] = []
+    for first in range(0, len(best_first), at_once):
+        slowest = sorted(found)[most - 1][0] if len(found) >= most else math.inf
+        promising = [tile for least, tile in best_first[first : first + at_once] if least < slowest]
+        if not promising:
+            break
+        times = each(functools.partial(compiled, target, kernel, dtype, DP, M), promising)
+        found += [(s, tile) for s, tile in zip(times, promising, strict=True) if s is not None]
+    return sorted(found)[:most]
+
+
+def compiled(target: str, kernel: str, dtype: str, DP: int, M: int, tile: Sizes) -> float | None:
+    """Compile a tile, and return the seconds that the model predicts, or None if it does not compile without faults."""
+    reports = compile_tile(target, kernel, dtype, DP, tile)
+    if not reports or any(report.faults() for report in reports):
+        return None
+    return predicted(target, kernel, dtype, DP, M, tile, reports)
+
+
+def predicted(
+    target: str,
+    kernel: str,
+    dtype: str,
+    DP: int,
+    M: int,
+    tile: Sizes,
+    reports: Sequence[kernels.CompiledKernel] = (),
+) -> float:
+    """Return the model's seconds. Without a report of the compiled tile this is a lower bound."""
     from fastntxent.backends.triton import config
 
-    chip, width = CHIPS[target], 2 if dtype == "bf16" else 4
+    chip, width = CHIPS[target], width_of(dtype)
     present = {name: config.look_up(chip.family, name, width, M, DP) for name in config.KERNELS}
-
-    def predicted(tile: Sizes, reports: list[kernels.CompiledKernel]) -> float:
-        """Return the model's seconds. Without a report of the compiled tile this is a lower bound."""
-        work = model.work_of(kernel, {**present, kernel: config.TileConfig(*tile)}, M, DP, dtype, chip)
-        known = [model.needs(work, report, dtype) for report in reports if report.variant == "usual"]
-        bounds = known or [model.least(work, chip, dtype, tile)]
-        return min(model.time_of(needs, work.launches).seconds for needs in bounds)
-
-    found: list[tuple[float, Sizes]] = []
-    best_first = sorted(((predicted(tile, []), tile) for tile in tiles), key=lambda pair: (pair[0], *_size(pair[1])))
-    for least, tile in best_first:
-        if len(found) >= most and least >= sorted(found)[most - 1][0]:
-            break
-        reports = compile_tile(target, kernel, dtype, DP, tile)
-        if reports and not any(report.faults() for report in reports):
-            found.append((predicted(tile, reports), tile))
-    return sorted(found)[:most]
+    work = model.work_of(kernel, {**present, kernel: config.TileConfig(*tile)}, M, DP, dtype, chip)
+    known = [model.needs(work, report, dtype) for report in reports if report.variant == "usual"]
+    bounds = known or [model.least(work, chip, dtype, tile)]
+    return min(model.time_of(needs, work.launches).seconds for needs in bounds)
 
 
 def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
     """Return the reports of a tile in all variants and regimes; an empty list if one of them does not compile."""
+    from triton.errors import TritonError
+
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
     try:
         return [kernels.compile_one(target, kernel, dtype, DP, variant, tile, shifted) for variant, shifted in cases]
-    except Exception:
+    except (RuntimeError, TritonError):  # a pass of the compiler failed, or ptxas
         return []
 
 
@@ -187,17 +222,27 @@ def taking(kernel: str, tile: object) -> Iterator[None]:
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Tune, and return the results. With --write, update the table after each kernel, so that an interruption loses
     only the kernel in progress."""
+    if arguments.write and (arguments.d or arguments.tiles):
+        raise SystemExit("error: --write needs every number of features and every tile: leave out --d and --tiles")
+    if arguments.workers == 1:
+        return _tune(arguments, map)
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+        return _tune(arguments, pool.map)
+
+
+def _tune(arguments: argparse.Namespace, each: Each) -> tuple[list[dict[str, object]], dict[str, str]]:
+    features = {most: d for most, d in FEATURE_CLASSES.items() if d in (arguments.d or FEATURE_CLASSES.values())}
     target = arguments.predict or _target()
     measured = None if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
     best: Best = {}
     for kernel in [kernel for kernel in ROW_CLASSES if kernel in (arguments.kernels or ROW_CLASSES)]:
-        for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROW_CLASSES[kernel], FEATURE_CLASSES.items()):
+        for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROW_CLASSES[kernel], features.items()):
             ranked = []
             if not (kernel == "fused" and most is None):  # a gradient this wide would not fit in registers
-                ranked = rank(
-                    target, kernel, dtype, d, M_OF[rows], candidates(kernel, width_of(dtype), d), arguments.most
-                )
+                tiles = candidates(kernel, width_of(dtype), d)
+                tiles = (tile for tile in tiles if arguments.tiles is None or tile in arguments.tiles)
+                ranked = rank(target, kernel, dtype, d, M_OF[rows], tiles, arguments.most, each, arguments.workers)
             if ranked and not arguments.predict:
                 fitting = [tile for _, tile in ranked]
                 found = times(kernel, kernels.TORCH[dtype], d, M_OF[rows], fitting, arguments.seconds)

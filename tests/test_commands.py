@@ -221,9 +221,15 @@ def test_verify_of_one_backend_skips_devices_that_cannot_run_it(capsys, answers,
     torch.cuda.is_available(), reason="needs a machine without a GPU, where Triton's kernels are interpreted"
 )
 @pytest.mark.skipif(not backends()["triton"].available, reason="needs Triton")
-def test_verify_passes_tritons_kernels_in_the_interpreter():
-    # The complete verification: two minutes on one core.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def test_verify_passes_tritons_kernels_in_the_interpreter(tmp_path):
+    # The complete verification: two minutes on one core. The processes that check import `sitecustomize`.
+    (tmp_path / "sitecustomize.py").write_text("from tests import interpreter\ninterpreter.hasten()\n")
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT))),
+    }
     command = [sys.executable, "-m", "fastntxent", "verify", "--backend", "triton", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

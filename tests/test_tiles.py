@@ -1,7 +1,9 @@
 """The tile table of the Triton kernels, the model that predicts their times, and the tuner that writes the table."""
 
 import argparse
+import functools
 import importlib
+import itertools
 import json
 import math
 
@@ -130,13 +132,42 @@ def test_trips_are_fitted_to_the_loops_that_the_compiler_left():
 
     assert model.trips_of(work((10.0,)), report_of(loop(PRODUCT))) == (10.0,)
     assert model.trips_of(work((10.0, 1.0)), report_of(loop(PRODUCT))) == (10.0,)
-    around = "\n".join(
-        [".L_x_1:", "        /*1000*/  FADD R1, R1, R2 ;", loop(PRODUCT, "@P0 BRA `(.L_x_0)", "@P1 BRA `(.L_x_1)")]
-    )
-    nested = report_of(around)
+    inner = ".L_x_0:", PRODUCT, "@P0 BRA `(.L_x_0)"
+    nested = report_of(listing(".L_x_1:", "FADD R1, R1, R2", *inner, "@P1 BRA `(.L_x_1)", "EXIT"))
     assert model.trips_of(work((10.0,)), nested) == (1.0, 10.0)
     with pytest.raises(AssertionError, match="flops per program, not"):
         model.trips_of(work((10.0, 2.0)), report_of(loop(PRODUCT)))
+
+
+@pytest.mark.parametrize(("chunks", "trips"), [(2, 0), (8, 2), (11, 2)])
+def test_trips_of_a_loop_that_ptxas_unrolled_four_times(chunks, trips):
+    # As on sm_90 for `owned` with two stages and a tile of 32 rows: four chunks of features in each iteration of the
+    # innermost loop, and three after it, of which a program needs `chunks` modulo four.
+    tile = (32, 32, 32, 4, 2)
+    product = "HMMA.16816.F32.BF16 R24, R4, R8, R24"
+    inner = ".L_x_0:", *[product] * 16, "@P0 BRA `(.L_x_0)"
+    code = listing(".L_x_1:", "FADD R1, R1, R2", *inner, *[product] * 12, "@P1 BRA `(.L_x_1)", "EXIT")
+    report = report_of(code, tile, kernel="owned")
+    work = model.Work(2 * 32 * 32 * 32 * 10 * chunks * 264, 0, 0, 0, 0, 264, (10.0, float(chunks)))
+    assert model.trips_of(work, report) == (10.0, trips)
+
+
+def test_kernels_that_are_interpreted_are_not_compiled():
+    with pytest.raises(TypeError, match="unset TRITON_INTERPRET"):
+        tune.compile_tile("sm_90", "owned", "bf16", 64, (64, 64, 64, 4, 2))
+
+
+def test_quick_cases_cover_every_pair_of_options():
+    cases = [
+        {"dtype": dtype, "d": d, "variant": variant}
+        for (dtype, d), variants in kernels.QUICK.items()
+        for variant in variants
+        if dtype != "tf32"
+    ]
+    options = {"dtype": ("bf16", "fp32"), "d": kernels.GENERAL, "variant": kernels.VARIANTS}
+    for first, second in itertools.combinations(options, 2):
+        met = {(case[first], case[second]) for case in cases}
+        assert met == {*itertools.product(options[first], options[second])}
 
 
 WORK = model.Work(2 * 132 * 10 * 2 * 64 * 64 * 16, 1e9, 0, 1e6, 1e6, 2 * 132, (10.0,))
@@ -189,7 +220,7 @@ def report_of(code="", tile=(64, 64, 128, 4, 3), **changes):
     """Return a kernel's report with this machine code."""
     usual = "fused", "sm_90", "bf16", 128, "usual", False, tile
     report = kernels.CompiledKernel(*usual, 50_000, 128, 0, 0, 1, 2, 2, 1, 0)
-    return report._replace(code=sass.parse(code), **changes)
+    return report._replace(disassemble=functools.cache(lambda: sass.parse(code)), **changes)
 
 
 PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
@@ -199,8 +230,14 @@ DRAIN = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
 def loop(*instructions):
     """Return the machine code of a loop."""
-    lines = [*instructions, "@P0 BRA `(.L_x_0)", "EXIT"]
-    return ".L_x_0:\n" + "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+    return listing(".L_x_0:", *instructions, "@P0 BRA `(.L_x_0)", "EXIT")
+
+
+def listing(*lines):
+    """Return lines of machine code, labels and instructions, as nvdisasm prints them."""
+    return "\n".join(
+        line if line.endswith(":") else f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines)
+    )
 
 
 def test_loop_beyond_its_limits_of_slots_or_shuffles_is_a_fault(monkeypatch):
@@ -335,7 +372,7 @@ def test_new_entries_replace_old_ones_unless_a_rival_kernel_is_faster():
 def test_tuning_writes_its_results_even_if_no_tile_fits(monkeypatch, tmp_path):
     tile = (64, 64, 64, 4, 2)
 
-    def ranked(target, kernel, dtype, DP, M, tiles, most):
+    def ranked(target, kernel, dtype, DP, M, tiles, most, each, at_once):
         assert next(iter(tiles))
         return [(1e-3 if kernel == "gather" else 2e-3, tile)] if dtype == "bf16" else []
 
@@ -343,10 +380,32 @@ def test_tuning_writes_its_results_even_if_no_tile_fits(monkeypatch, tmp_path):
     path.write_text(tune.TABLE_PATH.read_text())
     monkeypatch.setattr(tune, "rank", ranked)
     monkeypatch.setattr(tune, "TABLE_PATH", path)
-    arguments = argparse.Namespace(predict="sm_80", kernels=["gather", "fused"], most=1, seconds=0, write=True)
+    arguments = argparse.Namespace(
+        predict="sm_80", kernels=["gather", "fused"], most=1, seconds=0, write=True, d=None, tiles=None, workers=1
+    )
     results, _ = tune.run(arguments)
     assert len(results) == 2 * 2 * 2 * 4
     table = json.loads(path.read_text())
     assert table["sm_80"]["gather"]["2"][0] == [2048, 64, list(tile)]
     assert all(entry[2] is None for width in ("2", "4") for entry in table["sm_80"]["fused"][width])
     assert path.read_text() == tune.dumps(table)
+    arguments.d = [64]
+    with pytest.raises(SystemExit, match="--write needs every number of features"):
+        tune.run(arguments)
+
+
+@pytest.mark.parametrize(("at_once", "needed"), [(1, 5), (3, 5), (100, 20)])
+def test_fastest_tiles_are_found_without_compiling_those_that_cannot_be_among_them(monkeypatch, at_once, needed):
+    least = {(n,): float(n) for n in range(20)}
+    compiled = []
+
+    def compile_one(target, kernel, dtype, DP, M, tile):
+        compiled.append(tile)
+        return None if tile == (0,) else least[tile] + 2.5
+
+    monkeypatch.setattr(tune, "_size", lambda tile: tile)
+    monkeypatch.setattr(tune, "predicted", lambda target, kernel, dtype, DP, M, tile: least[tile])
+    monkeypatch.setattr(tune, "compiled", compile_one)
+    found = tune.rank("sm_90", "owned", "bf16", 64, 512, least, most=2, at_once=at_once)
+    assert found == [(3.5, (1,)), (4.5, (2,))]
+    assert len(compiled) == needed  # the lower bounds of five tiles are below 4.5
