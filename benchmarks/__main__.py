@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from . import (
@@ -101,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         if name == "kernels":
             suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")
             suite.add_argument("--check", action="store_true", help="fail if any kernel has faults")
-            suite.add_argument("--quick", action="store_true", help="compile half of the cases (QUICK in kernels.py)")
+            suite.add_argument(
+                "--quick", action="store_true", help="compile half of the cases, without figures of loops"
+            )
         if name == "tune":
             suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="use the model, not a device")
             suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="only these")
@@ -110,12 +111,12 @@ def main(argv: list[str] | None = None) -> None:
                 "--d", type=int, nargs="+", choices=tune.FEATURE_CLASSES.values(), help="only these classes of features"
             )
             suite.add_argument(
-                "--tiles", type=_tile, nargs="+", metavar="M,N,D,WARPS,STAGES[,REGISTERS]", help="only these tiles"
+                "--tiles", type=_tile, nargs="+", metavar="M,N,D,WARPS,STAGES[,REGISTERS]", help="only these candidates"
             )
             suite.add_argument(
                 "--workers",
                 type=_positive,
-                default=os.cpu_count(),
+                default=machine.processors(),
                 help="processes that compile (default: %(default)s)",
             )
             suite.add_argument("--write", action="store_true", help="update the package's table")

@@ -124,9 +124,9 @@ def rehearsals(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
         "--d",
         "64",
         "--tiles",
-        "64,128,64,4,3",
+        "32,128,32,8,2",  # ptxas unrolls its loop
         "--workers",
-        "1",
+        "2",
         "--out",
         f"{out}/owned.json",
     ]

@@ -36,8 +36,8 @@ from .chips import CHIPS, Chip
 VARIANTS = ("usual", "general")
 FEATURES = (64, 128, 256, 768)
 GENERAL = (128, 768)  # features for which the general variant is compiled too
-# The cases that --quick compiles: (dtype, features) -> variants. TF32 aside, they cover every pair of dtype and
-# variant, of dtype and features in GENERAL, and of variant and features in GENERAL.
+# The cases that --quick compiles: (dtype, features) -> variants. TF32 aside, any two values of dtype, variant and
+# features (of GENERAL) occur together in a case.
 QUICK = {
     ("bf16", 128): ("usual",),
     ("bf16", 768): ("usual", "general"),
@@ -147,7 +147,7 @@ class CompiledKernel(NamedTuple):
             matrix units' truncation (`add_product` in tiles.py).
         repeated: number of products in which some warps repeat the work of others, because the tile is too small for so
             many warps.
-        disassemble: returns the machine code, for NVIDIA only. The first call takes a third of a second.
+        disassemble: function that returns the machine code; None for AMD. Its first call takes a third of a second.
     """
 
     kernel: str
@@ -248,6 +248,8 @@ class CompiledKernel(NamedTuple):
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Compile every kernel for every chip, and return the reports. With --check, raise SystemExit if any kernel has a
     fault."""
+    if arguments.quick and arguments.d:
+        raise SystemExit("error: --quick compiles cases of 128 and 768 features: leave out --d")
     results = []
     for target in arguments.targets or CHIPS:
         if CHIPS[target].since > _triton_version():
@@ -257,7 +259,9 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
             for d in arguments.d or FEATURES:
                 variants = QUICK.get((dtype, d), ()) if arguments.quick else VARIANTS
                 for report in compile_all(target, dtype, d, variants):
-                    results.append({**report._replace(disassemble=None)._asdict(), "faults": report.faults()})
+                    figures = report._asdict()
+                    del figures["disassemble"]
+                    results.append({**figures, "faults": report.faults()})
                     print(line(report, with_loop=not arguments.quick), flush=True)
     if arguments.check and (faulty := [result for result in results if result["faults"]]):
         raise SystemExit(f"{len(faulty)} of {len(results)} kernels have faults")
@@ -265,7 +269,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def line(report: CompiledKernel, *, with_loop: bool = True) -> str:
-    """Return the report as a line of text. Figures of the hot loop need the machine code."""
+    """Return the report as a line of text. `with_loop` adds figures of the hot loop, which need the machine code."""
     tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
     loop = ""
     if with_loop and report.slots and CHIPS[report.target].rates:

@@ -122,17 +122,22 @@ def trips_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
 
     If the machine code has more loops than `work.trips`, its outermost loops run once. If it has fewer, the compiler
     has unrolled the innermost loops, and their numbers are left out. If it has partly unrolled the innermost loop, one
-    iteration has the flops of several, and the iterations that remain are in the code around the loop.
+    iteration in the machine code does several of `work.trips`, and the code around the loop does the rest.
     """
     code = report.machine_code
     trips = (1.0,) * (code.depth - len(work.trips)) + work.trips[: code.depth]
-    of_iteration = kernels.flops_of_iteration(report.kernel, report.tile, report.d, report.dtype)
-    unrolled = round(code.main.flops * report.warps / of_iteration)
-    if unrolled > 1 and code.depth >= len(work.trips) > 0:
-        trips = (*trips[:-1], trips[-1] // unrolled)
+    if _unrolled(code.main, report) > 1 and code.depth >= len(work.trips) > 0:
+        trips = (*trips[:-1], max(0.0, trips[-1] - _unrolled(code.around_main, report)) / _unrolled(code.main, report))
     found, wanted = code.total(trips, lambda region: region.flops) * report.warps, work.flops / work.programs
-    assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
+    right = not code.main.flops or 0.7 < found / wanted < 2.1
+    assert right, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
     return trips
+
+
+def _unrolled(region: sass.Region, report: kernels.CompiledKernel) -> int:
+    """Return how many iterations of the kernel's innermost loop a region does, without its inner loops."""
+    of_iteration = kernels.flops_of_iteration(report.kernel, report.tile, report.d, report.dtype)
+    return round(region.flops * report.warps / of_iteration)
 
 
 def _uneven(work: Work, chip: Chip) -> float:
@@ -152,7 +157,7 @@ def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
     products = flops / kernels.rate(chip, report.dtype, tile) * chip.known_rates.cycles
     waits = counts["barrier"] + counts["drain"] + counts["tensor memory"]
     ahead = tile[4] > 2
-    loads = LOAD if region is main and not ahead else 0
+    loads = 0 if ahead else LOAD * max(region is main, _unrolled(region, report))
     return products + region.slots(report.warps) + SYNC * waits + loads
 
 

@@ -105,6 +105,11 @@ class Region(NamedTuple):
         return 0 if self.loop is None else 1 + self.loop.depth
 
     @property
+    def around_main(self) -> Region:
+        """The region around `main`, or this region if the chain is empty."""
+        return self if self.loop is None or self.loop.loop is None else self.loop.around_main
+
+    @property
     def main(self) -> Region:
         """The last loop of the chain of `depth`, or this region if the chain is empty. An iteration of the last loop
         processes a tile, or a chunk of its features."""

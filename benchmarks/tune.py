@@ -34,6 +34,7 @@ from .chips import CHIPS
 
 TABLE_PATH = Path("fastntxent/backends/triton/table.json")
 FEATURE_CLASSES = {64: 64, 128: 128, 256: 256, None: 768}  # upper bound of a class -> features that represent it
+DTYPES = ("bf16", "fp32")
 ROW_CLASSES = {  # upper bounds of each kernel's classes of rows; rivals come first, because `merge` needs their times
     "owned": (1024, None),
     "direct": (1024, None),
@@ -82,8 +83,8 @@ def rank(
 ) -> list[tuple[float, Sizes]]:
     """Return at most `most` tiles without faults, fastest first, with the seconds that the model predicts.
 
-    A tile whose lower bound is above all of these times is not compiled. The others are compiled `at_once` at a time,
-    by `each`.
+    `each` compiles tiles in batches of `at_once`, smallest lower bounds first. A tile is skipped if `most` tiles of
+    earlier batches have times no longer than its lower bound.
     """
     seconds = functools.partial(predicted, target, kernel, dtype, DP, M)
     best_first = sorted(((seconds(tile), tile) for tile in tiles), key=lambda pair: (pair[0], *_size(pair[1])))
@@ -93,12 +94,12 @@ def rank(
         promising = [tile for least, tile in best_first[first : first + at_once] if least < slowest]
         if not promising:
             break
-        times = each(functools.partial(compiled, target, kernel, dtype, DP, M), promising)
+        times = each(functools.partial(seconds_if_compiled, target, kernel, dtype, DP, M), promising)
         found += [(s, tile) for s, tile in zip(times, promising, strict=True) if s is not None]
     return sorted(found)[:most]
 
 
-def compiled(target: str, kernel: str, dtype: str, DP: int, M: int, tile: Sizes) -> float | None:
+def seconds_if_compiled(target: str, kernel: str, dtype: str, DP: int, M: int, tile: Sizes) -> float | None:
     """Compile a tile, and return the seconds that the model predicts, or None if it does not compile without faults."""
     reports = compile_tile(target, kernel, dtype, DP, tile)
     if not reports or any(report.faults() for report in reports):
@@ -134,7 +135,7 @@ def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> 
     cases = itertools.product(("usual", "general"), shifts)
     try:
         return [kernels.compile_one(target, kernel, dtype, DP, variant, tile, shifted) for variant, shifted in cases]
-    except (RuntimeError, TritonError):  # a pass of the compiler failed, or ptxas
+    except (RuntimeError, TritonError):  # a compiler pass or ptxas failed
         return []
 
 
@@ -223,7 +224,17 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     """Tune, and return the results. With --write, update the table after each kernel, so that an interruption loses
     only the kernel in progress."""
     if arguments.write and (arguments.d or arguments.tiles):
-        raise SystemExit("error: --write needs every number of features and every tile: leave out --d and --tiles")
+        raise SystemExit("error: --write replaces all of a kernel's entries: leave out --d and --tiles")
+    known = {
+        tile
+        for kernel, dtype, d in itertools.product(
+            arguments.kernels or ROW_CLASSES, DTYPES, features_of(arguments).values()
+        )
+        for tile in candidates(kernel, width_of(dtype), d)
+    }
+    for tile in arguments.tiles or ():
+        if tile not in known:
+            raise SystemExit(f"error: no kernel has the candidate {','.join(map(str, tile))} with these options")
     if arguments.workers == 1:
         return _tune(arguments, map)
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
@@ -231,13 +242,12 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def _tune(arguments: argparse.Namespace, each: Each) -> tuple[list[dict[str, object]], dict[str, str]]:
-    features = {most: d for most, d in FEATURE_CLASSES.items() if d in (arguments.d or FEATURE_CLASSES.values())}
     target = arguments.predict or _target()
     measured = None if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
     best: Best = {}
     for kernel in [kernel for kernel in ROW_CLASSES if kernel in (arguments.kernels or ROW_CLASSES)]:
-        for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROW_CLASSES[kernel], features.items()):
+        for dtype, rows, (most, d) in itertools.product(DTYPES, ROW_CLASSES[kernel], features_of(arguments).items()):
             ranked = []
             if not (kernel == "fused" and most is None):  # a gradient this wide would not fit in registers
                 tiles = candidates(kernel, width_of(dtype), d)
@@ -265,6 +275,11 @@ def _tune(arguments: argparse.Namespace, each: Each) -> tuple[list[dict[str, obj
     return results, {}
 
 
+def features_of(arguments: argparse.Namespace) -> dict[int | None, int]:
+    """Return the entries of FEATURE_CLASSES that are to be tuned."""
+    return {most: d for most, d in FEATURE_CLASSES.items() if d in (arguments.d or FEATURE_CLASSES.values())}
+
+
 def width_of(dtype: str) -> int:
     """Return the bytes of a packed feature."""
     return 2 if dtype == "bf16" else 4
@@ -288,7 +303,7 @@ def merge(table: dict, family: str, kernel: str, best: Best, measured: str | Non
         of_family["measured"].pop(kernel, None)
     else:
         of_family["measured"][kernel] = measured
-    for dtype in ("bf16", "fp32"):
+    for dtype in DTYPES:
         entries = []
         for (name, of_dtype, rows, most), (s, tile) in best.items():
             if (name, of_dtype) == (kernel, dtype):

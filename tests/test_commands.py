@@ -222,7 +222,8 @@ def test_verify_of_one_backend_skips_devices_that_cannot_run_it(capsys, answers,
 )
 @pytest.mark.skipif(not backends()["triton"].available, reason="needs Triton")
 def test_verify_passes_tritons_kernels_in_the_interpreter(tmp_path):
-    # The complete verification: two minutes on one core. The processes that check import `sitecustomize`.
+    # The complete verification: two minutes on one core. Every Python process that this starts imports `sitecustomize`,
+    # which makes the interpreter faster.
     (tmp_path / "sitecustomize.py").write_text("from tests import interpreter\ninterpreter.hasten()\n")
     environment = {
         **os.environ,

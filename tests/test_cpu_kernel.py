@@ -307,30 +307,33 @@ def test_ctrl_c_ends_a_long_call():
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_daemon_thread_in_a_kernel_lets_the_process_end(threads):
-    # The interpreter begins to shut down while the thread is in the kernel of a backward, and `Slow` keeps it from
-    # ending before the kernel does. It is kept in sys.modules because the thread keeps the objects of __main__ alive.
-    # The thread must not be in PyTorch's own code when the shutdown begins, because there it would abort the process.
+    # The interpreter shuts down while the thread runs a backward kernel. Deleting `slow` delays the shutdown until the
+    # kernel has ended. `slow` is in sys.modules because the thread keeps the globals of __main__ alive. Outside the
+    # kernel, in PyTorch's own code, the thread would abort the process.
     code = f"""
         import sys, threading, time, types, torch, fastntxent, fastntxent._cpu as kernels
         torch.set_num_threads({threads})
+        z = torch.randn(2, 12000, 64, requires_grad=True)
+        loss = fastntxent.nt_xent(*z, 0.1, reduction="none", backend="cpu").sum()
+        start = time.perf_counter()
+        loss.backward(retain_graph=True)
+        took = time.perf_counter() - start
         class Slow:
-            def __del__(self, sleep=time.sleep):
-                sleep(3)
+            def __del__(self, sleep=time.sleep, seconds=1 + 2 * took):
+                sleep(seconds)
         sys.modules["slow"] = types.SimpleNamespace(slow=Slow())
         inside, run = threading.Event(), kernels.run
         def announce(*arguments):
             inside.set()
             return run(*arguments)
-        z = torch.randn(2, 12000, 64, requires_grad=True)
-        loss = fastntxent.nt_xent(*z, 0.1, reduction="none", backend="cpu").sum()
         kernels.run = announce
         threading.Thread(target=loss.backward, daemon=True).start()
         inside.wait()
-        time.sleep(0.1)
+        time.sleep(min(0.1, took / 4))
     """
     process = run_python(code, stderr=subprocess.PIPE)
     try:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, errors

@@ -179,6 +179,9 @@ def test_rehearsal_runs_every_stage(tmp_path, capsys, monkeypatch):
     (folder,) = tmp_path.iterdir()
     verified = json.loads((folder / "verify-kernels.record.json").read_text())
     assert verified["result"]["cpu"]["blocked"]["status"] == "passed"
+    tuned = json.loads((folder / "tune-owned.record.json").read_text())["result"]["results"]
+    assert len(tuned) == 4
+    assert all(result["tile"] for result in tuned)
     assert devices.section(tmp_path) == devices.NO_DEVICES, "a rehearsal must not list a device"
     assert gpu_session.main(["--rehearse", "--out", str(tmp_path), "--stage", "verify", "profile"]) == 0
     assert capsys.readouterr().out.count("passed (earlier)") == 6, "each part once when reached and once in the summary"

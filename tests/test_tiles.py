@@ -139,19 +139,23 @@ def test_trips_are_fitted_to_the_loops_that_the_compiler_left():
         model.trips_of(work((10.0, 2.0)), report_of(loop(PRODUCT)))
 
 
-@pytest.mark.parametrize(("chunks", "trips"), [(2, 0), (8, 2), (11, 2)])
+@pytest.mark.parametrize(("chunks", "trips"), [(2, 0), (8, 1.25), (11, 2)])
 def test_trips_of_a_loop_that_ptxas_unrolled_four_times(chunks, trips):
-    # As on sm_90 for `owned` with two stages and a tile of 32 rows: four chunks of features in each iteration of the
-    # innermost loop, and three after it, of which a program needs `chunks` modulo four.
-    tile = (32, 32, 32, 4, 2)
+    # As on sm_90 for `owned` with two stages and a tile of 32 rows: each iteration of the innermost loop processes four
+    # chunks of the features, and the code after it up to three.
     product = "HMMA.16816.F32.BF16 R24, R4, R8, R24"
     inner = ".L_x_0:", *[product] * 16, "@P0 BRA `(.L_x_0)"
     code = listing(".L_x_1:", "FADD R1, R1, R2", *inner, *[product] * 12, "@P1 BRA `(.L_x_1)", "EXIT")
-    report = report_of(code, tile, kernel="owned")
+    report = report_of(code, (32, 32, 32, 4, 2), kernel="owned")
     work = model.Work(2 * 32 * 32 * 32 * 10 * chunks * 264, 0, 0, 0, 0, 264, (10.0, float(chunks)))
     assert model.trips_of(work, report) == (10.0, trips)
+    staged = report._replace(tile=(32, 32, 32, 4, 3))  # its chunks are loaded ahead, so it waits for none of them
+    waiting, not_waiting = (model.needs(work, each, "bf16")["latency"] for each in (report, staged))
+    cycles = (waiting - not_waiting) * chips.CHIPS["sm_90"].rates.cycles / 132
+    assert cycles == pytest.approx(10 * max(chunks, 3) * limits.LOAD)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU, where kernels are interpreted")
 def test_kernels_that_are_interpreted_are_not_compiled():
     with pytest.raises(TypeError, match="unset TRITON_INTERPRET"):
         tune.compile_tile("sm_90", "owned", "bf16", 64, (64, 64, 64, 4, 2))
@@ -390,22 +394,25 @@ def test_tuning_writes_its_results_even_if_no_tile_fits(monkeypatch, tmp_path):
     assert all(entry[2] is None for width in ("2", "4") for entry in table["sm_80"]["fused"][width])
     assert path.read_text() == tune.dumps(table)
     arguments.d = [64]
-    with pytest.raises(SystemExit, match="--write needs every number of features"):
+    with pytest.raises(SystemExit, match="leave out --d and --tiles"):
+        tune.run(arguments)
+    arguments.write, arguments.tiles = False, [(64, 64, 64, 4, 3), (1, 2, 3)]
+    with pytest.raises(SystemExit, match=r"no kernel has the candidate 1,2,3 with these options"):
         tune.run(arguments)
 
 
 @pytest.mark.parametrize(("at_once", "needed"), [(1, 5), (3, 5), (100, 20)])
-def test_fastest_tiles_are_found_without_compiling_those_that_cannot_be_among_them(monkeypatch, at_once, needed):
+def test_rank_skips_tiles_that_earlier_batches_beat(monkeypatch, at_once, needed):
     least = {(n,): float(n) for n in range(20)}
-    compiled = []
+    tried = []
 
-    def compile_one(target, kernel, dtype, DP, M, tile):
-        compiled.append(tile)
+    def seconds_if_compiled(target, kernel, dtype, DP, M, tile):
+        tried.append(tile)
         return None if tile == (0,) else least[tile] + 2.5
 
     monkeypatch.setattr(tune, "_size", lambda tile: tile)
     monkeypatch.setattr(tune, "predicted", lambda target, kernel, dtype, DP, M, tile: least[tile])
-    monkeypatch.setattr(tune, "compiled", compile_one)
+    monkeypatch.setattr(tune, "seconds_if_compiled", seconds_if_compiled)
     found = tune.rank("sm_90", "owned", "bf16", 64, 512, least, most=2, at_once=at_once)
     assert found == [(3.5, (1,)), (4.5, (2,))]
-    assert len(compiled) == needed  # the lower bounds of five tiles are below 4.5
+    assert len(tried) == needed  # the lower bounds of five tiles are below 4.5
