@@ -1,4 +1,4 @@
-"""The list of devices on which the kernels were verified, from the records of `make gpu`."""
+"""The list of devices on which `make gpu` has checked the kernels, with the verdicts, from its records."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from . import tables
 from .gpu_stages import PartRecord
 
-NO_DEVICES = "None yet. `make gpu` on a machine with a GPU adds an entry."
+NO_DEVICES = "None yet. Run `make gpu` on a machine with a GPU, then `python -m benchmarks report`."
 
 
 def section(results: Path) -> str:
-    """Return a table of the devices, followed by the times on each."""
+    """Return a table of the devices, followed by the times on each, or NO_DEVICES if there are none."""
     folders = sorted(path for path in (results / "gpu").glob("*") if path.is_dir())
     found = [records for folder in folders if (records := read_device(folder))]
     if not found:
@@ -54,7 +54,7 @@ def _share(records: list[PartRecord], stage: str) -> str:
 
 
 def _times_table(records: list[PartRecord]) -> str:
-    """Return the table of suite `gpu`, assembled from its parts."""
+    """Return the times of those parts of stage `benchmark` that passed, as a table, or "" if there are none."""
     parts = [r["result"] for r in records if r["stage"] == "benchmark" and r["status"] == "passed" and "result" in r]
     if not parts:
         return ""

@@ -32,9 +32,16 @@ PAGES = {
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the command `report` and its options."""
     parser = commands.add_parser("report")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="the suites' JSON files")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder of the pages")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the pages differ from the results")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder of the suites' JSON files, and of the plot",
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that contains docs/")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if the pages' tables differ from the results"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,7 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
         if not arguments.check:
             write(arguments.results, arguments.root)
         elif stale := stale_sections(arguments.results, arguments.root):
-            raise ValueError(f"pages differ from the results in {arguments.results}, in sections {', '.join(stale)}")
+            raise ValueError(
+                f"sections {', '.join(stale)} differ from the results in {arguments.results}: "
+                "run python -m benchmarks report"
+            )
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
 
@@ -95,8 +105,9 @@ def read_sets(results: Path) -> list[SuiteRecord]:
     order = {f"cpu-{name}": place for place, name in enumerate(instruction_set.NAMES)}
     paths = sorted(results.glob("cpu*.json"), key=lambda path: (order.get(path.stem, len(order)), path.name))
     if not paths:
-        out = results / "cpu-SET.json"
-        raise FileNotFoundError(f"{out} is missing: python -m benchmarks cpu --out {out}")
+        raise FileNotFoundError(
+            f"{results / 'cpu*.json'} is missing: python -m benchmarks cpu --out {results / 'cpu.json'}"
+        )
     return [json.loads(path.read_text()) for path in paths]
 
 

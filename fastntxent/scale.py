@@ -1,5 +1,5 @@
-"""The factors of similarities, such as 1 / temperature, and the bias of logits, as floats or as tensors in the
-accumulation dtype."""
+"""Checks and conversions of the numbers that scale or shift logits: 1 / temperature and other factors of similarities,
+which are floats or tensors in the accumulation dtype, and the bias, which is always such a tensor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from .validation import check_bias, check_range, check_temperature, extremes
 
 def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None) -> float | Tensor:
     """Check the temperature and return 1 / temperature: a float for a float, else a 0-d tensor in the accumulation
-    dtype. If `per_row` is given, a tensor (per_row,) is accepted and returned too."""
+    dtype. If `per_row` (the number of rows) is given, the temperature may also be a tensor (per_row,), and so is the
+    result. Under torch.compile, the result for a float may be a tensor (see `factor`)."""
     temperature = check_temperature(temperature, rows, per_row=per_row)
     dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
         _check_invertible(temperature, temperature, dtype, torch.finfo(dtype).max)
         return factor(1.0 / temperature, rows)
-    # With k = 1 / tau, the gradient with respect to tau has the factor k^2, which overflows float32 long before k does.
+    # The derivative of k = 1 / tau is -k^2, which overflows float32 long before k does. So compute in float64 where the
+    # device has it.
     wide = in_double(temperature)
     if limits := extremes(wide):
         differentiable = wide.requires_grad and torch.is_grad_enabled()
@@ -40,7 +42,7 @@ def _check_invertible(smallest: float, largest: float, dtype: torch.dtype, large
 
 
 def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "logit_scale") -> float | Tensor:
-    """Return a logit scale, which replaces 1 / temperature, as a factor."""
+    """Check a logit scale, which takes the place of 1 / temperature, and return it as `factor` returns it."""
     scale = factor(check_temperature(logit_scale, rows, name=name), rows)
     dtype = accumulation_dtype(rows.dtype)
     if isinstance(scale, Tensor):
@@ -73,11 +75,12 @@ def is_per_row(inv_tau: float | Tensor) -> TypeGuard[Tensor]:
 
 
 def factor(value: float | Tensor, rows: Tensor) -> float | Tensor:
-    """Return a factor of logits: a float unchanged, or a tensor in the accumulation dtype. Under torch.compile, a float
-    that changes from call to call becomes a tensor."""
+    """Return a number that scales or shifts logits. A float stays a float, unless it changes from call to call under
+    torch.compile: then it becomes a tensor. A tensor is converted to the accumulation dtype, and moved to the rows'
+    device if it may need a gradient or has one value per row."""
     if not isinstance(value, Tensor):
         return scalar_like(value, rows) if _changes(value) else value
-    if may_be_differentiated(value) or value.ndim > 0:  # its gradient or its product is formed on the rows' device
+    if may_be_differentiated(value) or value.ndim > 0:  # needs the rows' device
         value = value if value.device == rows.device else value.to(rows.device)
     dtype = accumulation_dtype(rows.dtype)
     return value if value.dtype == dtype else value.to(dtype)  # a no-op `to` costs a microsecond

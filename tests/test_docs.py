@@ -49,6 +49,8 @@ def test_commands_are_make_targets(page, command, expected):
     assert expected <= named <= targets
 
 
-def test_changelog_has_this_version_on_top():
-    dated = re.findall(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert dated[0] == fastntxent.__version__
+def test_changelog_and_citation_have_this_version():
+    dated = re.findall(r"^## \[(.+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert dated[0][0] == fastntxent.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)\ndate-released: (.*)$", citation, re.MULTILINE) == dated[:1]

@@ -29,8 +29,8 @@ def test_dclw_equals_lightly(n, d, seed, tau, sigma):
 def test_macl_equals_lightly(n, d, seed, tau, alpha, a_0):
     loss = lightly("macl_loss").MACLLoss(temperature=tau, alpha=alpha, A_0=a_0)
     (z_i, z_j), _ = batch(2, n, d, seed)
-    # lightly adds an eps of 1e-8 to the denominator of a row's weight, 1 - exp(-loss). Compare only where the
-    # denominator is much larger.
+    # lightly divides a row's loss by 1 - exp(-loss) + 1e-8, and ours has no such eps. Compare only batches in which
+    # 1 - exp(-loss), estimated at the base temperature, is much larger for every row.
     if float(fastntxent.nt_xent(z_i, z_j, tau, reduction="none").min()) > 0.05:
         assert_same(
             lambda a, b: fastntxent.macl(a, b, tau, alpha=alpha, a_0=a_0), loss, tau * (1 - alpha), z_i, z_j, exact=1e-6
@@ -53,7 +53,7 @@ def test_sup_con_pairs_equals_pytorch_metric_learning(n, d, seed, tau):
     assert_same(ours, lambda z: loss(z, labels), tau, z)
 
 
-# At smaller temperatures float32 rounds an anchor's loss to 0, and the library's mean then skips this anchor.
+# At smaller temperatures float32 can round an anchor's loss to 0, and the library's mean then skips this anchor.
 @given(**sizes, tau=st.floats(0.3, 2))
 @drawn
 def test_sup_con_out_equals_pytorch_metric_learning(n, d, seed, tau):

@@ -1,6 +1,7 @@
 """User code for the type checkers only: `test_typing.py` checks it, and nothing runs it.
 
-The checkers report an unused `type: ignore`. So every line that has one must be a type error, and no other line may be.
+The checkers report an unused `type: ignore`. So every line with a `type: ignore` must have a type error, and no other
+line may have one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastntxent.compat import (
 z = torch.randn(8, 4)
 ids = torch.arange(8)
 
-# Calling a module takes the arguments of its forward and returns a tensor.
+# A module is called with the arguments of its forward, and returns a tensor.
 assert_type(fastntxent.NTXentLoss(0.1, label_smoothing=0.1)(z, z, ids=ids), Tensor)
 assert_type(fastntxent.MultiViewNTXentLoss()([z, z, z]), Tensor)
 assert_type(fastntxent.DCLLoss(backend="cpu")(z, z), Tensor)
@@ -61,7 +62,7 @@ sentence_transformers.MultipleNegativesRankingLoss(None, partition_mode="both") 
 open_clip.ClipLoss()(z, z)  # type: ignore
 nothing = fastntxent.compat.nothing  # type: ignore
 
-# Functions, and options by name.
+# Functions. An option that is chosen by name accepts only the names in fastntxent/options.py.
 assert_type(fastntxent.nt_xent(z, z, 1, backend="reference"), Tensor)
 assert_type(fastntxent.retrieve(z, z, 3).indices, Tensor)
 assert_type(fastntxent.split_views(z, "interleaved"), "tuple[Tensor, Tensor]")

@@ -4,20 +4,22 @@
 //
 //     pack      a warp packs a row of each view      reads z, writes x (2 or 4 M DP bytes) and vectors of length M
 //     sums      a block of rows, a share of columns  2 M^2 DP flops; every block of rows reads x of all columns once
-//     finish    a thread adds a row's shares         nu, loss, weight
+//     finish    a thread adds a row's partial sums   nu, loss, weight
 //     gradient  a block of rows, a group of features 4 M^2 DP flops if all features are one group; every further group
-//                                                    repeats the first product; reads x as in sums; writes d_z
+//                                                    computes the similarities again, 2 M^2 DP flops; each group reads
+//                                                    x as in sums, reads z and writes d_z
 //     total     the last block to arrive             the loss and d_inv_tau, from M terms each
 //
-// Grid barriers separate the first four phases. A group has at most 192 features, and plan.h may choose fewer. With
-// u = 2 M^2 DP flops, a call with one group takes 3u in all. Blocks take tasks in turn, so a grid of any size works for
-// any M. Every sum has one owner, which adds its terms in a fixed order, so results have the same bits every time on a
-// given device. (Another device may divide the columns into a different number of shares.)
+// Grid barriers separate the first four phases. A group has at most 192 features, and plan.h may choose fewer. With one
+// group, a forward and backward take 6 M^2 DP flops: three products of all rows with all rows. (For float32 rows, the
+// matrix units do three times as many.) Blocks take tasks in turn, so a grid of any size works for any M. Every sum has
+// one owner, which adds its terms in a fixed order, so results have the same bits every time on a given device.
+// (Another device may divide the columns into a different number of shares.)
 //
 // A block has 8 warps, the most that a multiprocessor's registers hold at 255 per thread. For DP = 128 in one group,
-// half-precision rows take this much shared memory: 64 KiB for 4 steps of columns (64 features each), 8 KiB for 32
-// rows, and 5 KiB for the vectors of two tiles. For float32 rows, which are stored in two parts, these are 64, 16 and
-// 2.5 KiB. benchmarks/binary.py reports registers and instructions, and checks for spills.
+// a block uses this much shared memory for half-precision rows: 64 KiB for 4 steps of columns (each has 64 features of
+// a tile), 8 KiB for its 32 rows, and 5 KiB for the vectors of two tiles. For float32 rows, which are stored in two
+// parts, these are 64, 16 and 2.5 KiB. benchmarks/binary.py reports registers and instructions, and checks for spills.
 #pragma once
 
 #include "gradient.h"
@@ -45,8 +47,8 @@ template <class Op> FNTX_DEVICE void run(const Arguments& a) {
     int terms = 0;
     if (a.backward) {
         sync_grid();
-        // The sum of the terms of d_inv_tau is the same over either side. It is taken over the side whose gradient is
-        // formed last.
+        // Both sides give the same d_inv_tau, so it is summed over one side only, the one that is formed last. If no
+        // d_z is wanted, side 0 is formed for d_inv_tau alone.
         for (int s = a.n_sides - 1; s >= 0; --s) {
             const PackedSide& side = a.sides[s];
             const bool wanted = side.d_z[0] || side.d_z[1];

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Run the CUDA kernels under a sanitizer: csrc/cuda/sanitize.sh [address] [plain] [device]
+# Check the CUDA kernels, with sanitizers or without: csrc/cuda/sanitize.sh [address] [plain] [device]
 #
 #   address  check.cpp on the emulated device, with AddressSanitizer and UndefinedBehaviorSanitizer
 #   plain    check.cpp on the emulated device, without sanitizers
 #   device   some tests of tests/test_cuda.py on a GPU under compute-sanitizer, with each tool in TOOLS (by default
 #            memcheck, racecheck, synccheck and initcheck). PYTHON chooses the interpreter, which must have the package
-#            installed
+#            installed with its extra "test".
 #
-# The default is address. Objects go to build/sanitize. CXX chooses the compiler.
+# The default is address. The programs go to build/sanitize. CXX chooses the compiler.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -33,6 +33,6 @@ for build in ${@:-address}; do
                 "${PYTHON:-python3}" -m pytest -q tests/test_cuda.py -k "edges or bits or groups or layout or larger"
         done
         ;;
-    *) echo "unknown build: $build" >&2 && exit 2 ;;
+    *) echo "unknown build: $build (expected address, plain or device)" >&2 && exit 2 ;;
     esac
 done

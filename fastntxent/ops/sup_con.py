@@ -2,19 +2,20 @@
 
     sup_con_scalar (z, ids, inv_tau) -> loss, d_z, d_inv_tau
 
-l_ij are the logits, P(i) is the set of other rows with row i's id, c_i is the size of P(i), and v_i is the row's weight
-(0 without positives):
+l_ij are the logits, P(i) is the set of other rows with row i's id, c_i is the size of P(i), and v_i is row i's weight
+(0 without positives). nu_i and lse_i are the log-sum-exps of row i's logits over the rows of other ids and over P(i):
 
     out    sum v_i (log sum_{j != i} e^{l_ij} - mean_{p in P(i)} l_ip)
-    in     sum v_i (log(1 + e^{nu_i - lse_i}) + log c_i)       nu over rows of other ids, lse over P(i)
+    in     sum v_i (log(1 + e^{nu_i - lse_i}) + log c_i)
     ratio  the same as "in" without log c_i
     pairs  sum v_i / c_i sum_{p in P(i)} log(1 + e^{nu_i - l_ip})
 
 The gradient is computed directly, without an autograd graph. A backend that has a method `sup_con_scalar` computes
 everything in one call. Otherwise, if the host can see that every id occurs exactly twice, the rows are two views and
-one call of NT-Xent computes the loss. In all other cases, the backend's kernels compute the log-sum-exps, over all
+one call of NT-Xent computes everything. In all other cases, the backend's kernels compute the log-sum-exps, over all
 other rows ("out") or over the rows of other ids (the other forms). For "out", groups.py sums the positives. For the
-other forms, positives.py computes the sums over positives, and sorts the rows only once for value and gradient.
+other forms, positives.py computes the sums over positives, for value and gradient in one object, which sorts the rows
+at most once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .register import kernels_for, register, save_gradients
 def sup_con_scalar(
     z: Tensor, ids: Tensor, inv_tau: float | Tensor, form: str, normalize: bool, mean: bool, backend: str
 ) -> Tensor:
-    """Return SupCon as a sum or mean over the rows with a positive (0-d), differentiable in z and inv_tau."""
+    """Return the sum or mean (0-d) of SupCon over the rows that have positives, differentiable in z and inv_tau."""
     return _sup_con_scalar(z, ids, inv_tau, form, normalize, mean, backend)
 
 
@@ -62,7 +63,8 @@ def _forward(
 
 
 def _all_in_pairs(in_order: Tensor) -> bool:
-    """Return whether each id occurs exactly twice, so that every form equals NT-Xent. False on an accelerator."""
+    """Return whether each id occurs exactly twice; every form then equals NT-Xent. On an accelerator, whose values the
+    host does not read, return False."""
     if not in_order.is_cpu or len(in_order) % 2:
         return False
     first, second = in_order[::2], in_order[1::2]
@@ -95,7 +97,7 @@ def _out_loss(kernels: KernelBackend, rows: Side, in_order: Tensor, k: float | T
     others, counts = sums.sub_(u), counts - 1
     weights = _row_weights(counts, mean, u.dtype)
     loss, d_u, d_k = kernels.neg_lse_sum(Side(u, torch.arange(len(u), device=u.device)), k, weights)
-    shares = weights / counts.clamp_min_(1)  # equal within a group, so a pair's two terms have equal gradients
+    shares = weights / counts.clamp_min_(1)  # equal within a group: (i, p) and (p, i) have the same share
     dots = (shares * row_dots(u, others)).sum()
     return loss - k * dots, d_u.sub_(others.mul_((2 * k * shares)[:, None])), d_k - dots
 
@@ -145,7 +147,8 @@ def _add_negatives(
     k: float | Tensor,
     upstream: Upstream,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients with respect to u (both sides of the pairs) and k, through nu and through the positives."""
+    """Return the gradients with respect to u and k, through the positives and through nu. `of_pairs` is the first part:
+    the gradients with respect to u as rows, to u as columns, and to k."""
     d_rows, d_cols, d_k = of_pairs
     assert d_cols is not None
     d_u, d_k_of_nu = kernels.neg_lse_backward(rows, k, upstream)
