@@ -1,9 +1,9 @@
-"""GPUs that need not be present: how the compiler names them, their limits per program, and rates from data sheets.
+"""GPUs that we compile for and model, present or not: their names in the compiler, their limits and their rates.
 
-Rates are for dense products at the boost clock. The CUDA C++ programming guide (throughput of native arithmetic
-instructions) gives the results per cycle per multiprocessor: 16 exponentials on all of these chips except the B300, for
-which NVIDIA states twice as many; 64 integer operations, comparisons and selections; and 128 float32 operations, or 64
-on the A100.
+Rates are from data sheets unless noted, for dense products at the boost clock. The CUDA C++ programming guide
+(throughput of native arithmetic instructions) gives the results per cycle per multiprocessor: 16 exponentials on all of
+these chips except the B300, for which NVIDIA states twice as many; 64 integer operations, comparisons and selections;
+and 128 float32 operations, or 64 on the A100.
 
 No data sheet states the bandwidth of the L2 cache. github.com/te42kyfo/gpu-benches measured 5.4 TB/s on an A100, 6.9 on
 an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 on an H200. That is 34 to 37 bytes per cycle per multiprocessor,
@@ -42,11 +42,11 @@ class Chip(NamedTuple):
 
     Attributes:
         backend: with `arch` and `warp`, identifies the chip to Triton.
-        family: the key in the table of tiles under which the chip's tiles are found.
+        family: the chip's key in the table of tiles.
         matrix: a pattern for its newest matrix instruction in the assembly code.
-        shared: most bytes of shared memory of one program.
-        shared_of_all: bytes of shared memory of all programs on a multiprocessor.
-        threads: most threads on a multiprocessor. None if not known here.
+        shared: maximum shared memory of one program, in bytes.
+        shared_of_all: shared memory of a multiprocessor in bytes, for all its programs together.
+        threads: maximum number of threads on a multiprocessor, or None if unknown.
         since: the first version of Triton known to compile for the chip.
     """
 
@@ -64,7 +64,7 @@ class Chip(NamedTuple):
 
     @property
     def known_rates(self) -> Rates:
-        """The rates of a chip that the model covers."""
+        """`rates`, which must not be None."""
         assert self.rates is not None
         return self.rates
 

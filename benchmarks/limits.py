@@ -18,7 +18,8 @@ FILL = 64  # most bytes per cycle that one multiprocessor reads from the L2 cach
 
 
 class Time(NamedTuple):
-    """A kernel's time in seconds, and the name of the limit that determines it."""
+    """A time in seconds, and the name of the limit that determines it. For one step of the CUDA kernel (model_cuda.py),
+    `seconds` is in cycles."""
 
     seconds: float
     limit: str

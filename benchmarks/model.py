@@ -10,18 +10,18 @@ The predicted time of a kernel is LAUNCH for each of its launches, plus the long
                  instructions of one kind, at the rate of the units that execute them (chips.py)
     shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle per
                  multiprocessor, plus the cycles of shuffles
-    cache        bytes of x (and of G) that the kernel's tiles read through the L2 cache
+    cache        bytes of x (and of G) that the kernel's tiles read or write through the L2 cache
     memory       bytes read from or written to memory; data that does not fit in the L2 cache is read again
-    latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and of
-                 its instructions, and SYNC for each barrier or wait. A pipeline of only two stages loads nothing
-                 ahead, so each iteration also takes LOAD. All programs that a multiprocessor holds at once run their
-                 chains at the same time
+    latency      the dependency chain of a program. It starts with FIRST. Each iteration of its loop takes the cycles of
+                 its products and of its instructions, and SYNC for each barrier, each wait for products and each
+                 access to tensor memory. A pipeline of at most two stages loads nothing ahead, so each iteration also
+                 takes LOAD. All programs that a multiprocessor holds at once run their chains at the same time
 
-The longest time is the bottleneck, and its name is printed. The kernels are compiled with the tiles of the table.
-Instructions are counted in their machine code (sass.py), on the path of a tile that needs no mask. The counts are
-multiplied by the numbers of loop iterations, which follow from the sizes of the batch and of the tile. Nothing is
-fitted to a measurement of these kernels. limits.py lists the constants and their sources. For small batches the CUDA
-kernel is predicted too (model_cuda.py).
+The longest time is the bottleneck, and its name is printed ("launches" if the launches take at least as long). The
+kernels are compiled with the tiles of the table. Instructions are counted in their machine code (sass.py), on the path
+of a tile that needs no mask. The counts are multiplied by the numbers of loop iterations, which follow from the sizes
+of the batch and of the tile. Nothing is fitted to a measurement of these kernels. limits.py has the constants, with the
+sources of the latencies. For small batches the CUDA kernel is predicted too (model_cuda.py).
 
 The model ignores bank conflicts, dependencies between the instructions of an iteration, masked tiles, and the host. A
 prediction is therefore a lower bound for this code, not an average.
@@ -122,7 +122,8 @@ def trips_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
 
     If the machine code has more loops than `work.trips`, its outermost loops run once. If it has fewer, the compiler
     has unrolled the innermost loops, and their numbers are left out. If it has partly unrolled the innermost loop, one
-    iteration in the machine code does several of `work.trips`, and the code around the loop does the rest.
+    iteration in the machine code does several iterations of the kernel's loop, and the code around the loop does the
+    rest.
     """
     code = report.machine_code
     trips = (1.0,) * (code.depth - len(work.trips)) + work.trips[: code.depth]
@@ -217,7 +218,7 @@ def _work_of_panels(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip
     above = squares * (squares - 1) // 2
     launches = math.ceil(squares / 2) + above
     # A panel is two squares of G. If it does not fit in the L2 cache together with its rows of x and the sums of these
-    # rows, a share `missed` of the panel is read from memory.
+    # rows, `form` writes a share `missed` of the panel to memory, and `gather` reads it from there.
     panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
     missed = max(0.0, 1 - STAYS * chip.known_rates.l2 / (panel + rows + sums))
     memory = launches * (rows + missed * panel)

@@ -13,8 +13,7 @@ from .competitors import COMPETITORS, OURS
 from .tables import NAMES, SuiteRecord, digits
 
 D = 128
-MARKERS = "osD^vP*Xh"
-COLORS = {name: f"C{place}" for place, name in enumerate(COMPETITORS)}
+MARKERS = "osD^vP*Xh<>"
 Lines = dict[str, list[tuple[float, float]]]
 
 
@@ -37,23 +36,30 @@ def draw(times: SuiteRecord, memory: SuiteRecord, folder: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "fastntxent", "font.size": 9}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        _plot(left, ms, "forward and backward, ms")
+        shown = [name for name in COMPETITORS if ms[name] or mib[name]]
+        _plot(left, ms, shown, "forward and backward, ms")
         left.plot(*zip(*floor, strict=True), "--", color="grey", label="the GEMM's rate")
-        _plot(right, mib, "peak memory beyond the inputs, MiB")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        _plot(right, mib, shown, "peak memory beyond the inputs, MiB")
+        handles = {
+            label: handle
+            for axes in (left, right)
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / "overview.svg", metadata={"Date": None})
 
 
-def _plot(axes: Axes, lines: Lines, title: str) -> None:
-    for marker, (name, points) in zip(MARKERS, lines.items(), strict=False):
-        if points:
+def _plot(axes: Axes, lines: Lines, shown: list[str], title: str) -> None:
+    for place, name in enumerate(shown):
+        if points := lines[name]:
             ours = name in OURS
+            label = f"fastntxent {name}" if ours else NAMES.get(name, name)
             axes.plot(
                 *zip(*points, strict=True),
-                marker=marker,
-                label=f"fastntxent {name}" if ours else NAMES.get(name, name),
-                color=COLORS[name],
+                marker=MARKERS[place],
+                label=f"{label} (a different loss)" if COMPETITORS[name].note else label,
+                color=f"C{place}",
                 linewidth=2.5 if ours else 1.2,
                 markersize=6 if ours else 5,
             )

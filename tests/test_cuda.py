@@ -1,4 +1,5 @@
-"""The CUDA kernels compared with the oracle: on a GPU if there is one, else the same sources on an emulated device."""
+"""The CUDA kernels compared with the oracle. If backend "cuda" is unavailable, the same sources run on an emulated
+device."""
 
 import importlib
 import os
@@ -47,7 +48,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch):
-    """Without a GPU, emulate the backend "cuda" and return a function that changes the device; else return None."""
+    """If backend "cuda" is unavailable, emulate it and return a function that changes the device; else return None."""
     if STATUS.available:
         return None
     kernels = emulated_kernels()
@@ -106,7 +107,8 @@ def test_nt_xent_within_budget(size, temperature, dtype):
 @every_case(size=[(70, 64), (66, 200), (40, 520)], multiprocessors=[1, 5], shared=[H100, GEFORCE], dtype=DTYPES)
 def test_every_cut_within_budget(emulate, size, multiprocessors, shared, dtype):
     n, d = size
-    # Covers rows that fit in shared memory or not, groups of different sizes, and columns divided into shares or not.
+    # Covers rows that fit in shared memory or not, gradient tasks for different numbers of feature chunks, and columns
+    # divided into shares or not.
     emulate(multiprocessors, shared)
     assert_within_budget(random_batch(n, d, 0.005 if n == 66 else 0.1, dtype=dtype), "cuda")
 

@@ -109,8 +109,8 @@ def square_of_lse(lse: Tensor) -> Tensor:
 
 
 def summed(rank: int) -> dict[str, Tensor]:
-    """Return tensors to sum across ranks: one number, fewer numbers than ranks, a count that is no multiple of the
-    number of ranks, a non-contiguous tensor, and integers."""
+    """Return tensors to sum across ranks: one number, fewer numbers than ranks, a number of elements that is not a
+    multiple of the number of ranks, a non-contiguous tensor, and integers."""
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(rank))
     return {"one": x[0, 0], "few": x[0, :2], "more": x, "transposed": x.T, "integers": (100 * x).long()}
 
@@ -178,7 +178,7 @@ def test_sup_con_with_bfloat16_on_the_wire_equals_the_loss_of_rounded_rows(of_ra
     found = together(of_ranks, "bfloat16", name, strategy)
     assert_close(found, Found(losses.detach(), z.grad, tau.grad), RTOL[torch.float64])
     exact = together(of_ranks, name, strategy, torch.float64)
-    if exact.d_z.any():  # otherwise there is nothing to round
+    if exact.d_z.any():  # otherwise the gradient is 0 with rounded rows too
         assert (found.d_z - exact.d_z).abs().max() > 1e-5
 
 

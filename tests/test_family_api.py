@@ -824,7 +824,8 @@ def guided_keys(z: Tensor, w: Tensor, guide: Tensor, **options: float) -> Tensor
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [3, 384])
 def test_guide_keeps_ties_whichever_tile_computes_them(backend, width):
-    # Every row of the guide occurs four times, in different tiles, so each is as similar to its copies as to itself.
+    # Every row of the guide occurs four times and is as similar to its copies as to itself. The copies of a row lie in
+    # several tiles.
     generator = torch.Generator().manual_seed(0)
     z, w = torch.randn(2, 1200, 8, generator=generator)
     guide = torch.randn(300, width, generator=generator).repeat(4, 1)
@@ -839,10 +840,10 @@ def test_guide_never_leaves_out_negatives_because_of_nan(backend):
     guide = Z.clone()
     guide[2] = torch.nan
     losses, without = guided_keys(Z, W, guide, margin=3.0, backend=backend), info_nce(Z, W, 0.2, reduction="none")
-    torch.testing.assert_close(losses[2], without[2])  # a NaN row has no limit
+    torch.testing.assert_close(losses[2], without[2])  # row 2's limit is NaN, so it keeps all negatives
     pairs = torch.stack((W[0], W[2])), torch.tensor([0, 1])
     only = info_nce(Z[:1], W[:1], 0.2, negatives=pairs[0][1:])
-    torch.testing.assert_close(losses[0], only)  # row 0 keeps one negative, row 2, whose similarity is NaN
+    torch.testing.assert_close(losses[0], only)  # row 0 keeps one negative: key 2, whose guide similarity is NaN
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -881,6 +882,6 @@ def test_clip_scale_beyond_its_bound_can_only_be_trained_back():
     for other, moves in ((torch.nn.functional.normalize(torch.randn(16, 8), dim=1), True), (z, False)):
         loss = fastntxent.CLIPLoss(temperature=1e-3)
         loss(z, other).backward()
-        # A descent step increases log_temperature, which lowers the scale, or leaves both unchanged.
+        # A negative gradient makes a descent step lower the scale. A gradient of 0 leaves the scale unchanged.
         assert (loss.log_temperature.grad < 0) == moves
         assert moves or loss.log_temperature.grad == 0

@@ -18,7 +18,7 @@ def tiered(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
 
 
 def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrise with few cases that cover every pair of values of two different axes.
+    """Parametrise with a few cases that together cover every pair of values from two different axes.
 
     With `slow_pairs`, a case is marked slow if each of its values already appears in an earlier case.
     """

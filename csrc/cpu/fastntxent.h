@@ -103,7 +103,7 @@ struct fntx_call {
     double cols_loss_weight;  // >= 0; 0: only the rows have losses (InfoNCE)
     void* d_inv_tau;          // 0-d out, backward
     void* d_bias;             // 0-d out, backward of FNTX_SOFTPLUS and FNTX_SIGMOID
-    int64_t workspace;        // maximum bytes for exponentials that the forward keeps for the backward
+    int64_t workspace;        // maximum bytes for exponentials or products that the forward keeps for the backward
     // The calling thread calls `poll` at most once every 50 ms, and a non-zero result stops the call. NULL: no polling.
     // `poll` must return: if it ends the thread instead, the other threads of the team wait forever.
     int (*poll)(void);
@@ -119,8 +119,8 @@ const char* fntx_instruction_set(void);
 // Switch to another instruction set, for tests. Return FNTX_OK, or FNTX_INVALID if the set cannot be used here.
 int fntx_use_instruction_set(const char* name);
 
-// Compute y_i = 2^x_i with the kernels' vectorised exponential. dtype is FNTX_FLOAT32 or FNTX_FLOAT64; return
-// FNTX_INVALID for any other dtype.
+// Compute y_i = 2^x_i with the kernels' vectorised exponential, for results in the range of normal numbers. dtype is
+// FNTX_FLOAT32 or FNTX_FLOAT64; return FNTX_INVALID for any other dtype.
 int fntx_exp2(int dtype, const void* x, void* y, int64_t n);
 
 #ifdef __cplusplus

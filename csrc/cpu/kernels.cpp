@@ -396,7 +396,8 @@ template <class T> void backward(const Tile<T>& tile) {
 
 // --- pairs of positives ----------------------------------------------------------------------------------------------
 
-// Return log(1 + exp(nu - logit)), and set `slope` to its derivative. Both are 0 where the pair does not count.
+// Return log(1 + exp(nu - logit)), and set `slope` to its derivative with respect to nu. Both are 0 where the pair does
+// not count.
 template <class T> FNTX_INLINE Vec<T> softplus_above(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> nu,
                                                      Vec<T>& slope) {
     const Bits<T> counts = counted(tile, row, col);

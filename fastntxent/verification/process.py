@@ -1,4 +1,4 @@
-"""Starts and watches the child process that checks or times backends."""
+"""Start and watch the child process that checks or times backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kernel that raises an error in its third call."""
+"""A kernel that works twice, then raises an error in every call."""
 
 import itertools
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastntxent.simclr.checkpoint import FILE_NAME
 from fastntxent.simclr.command import main
 from fastntxent.simclr.data import load_data
 from fastntxent.simclr.study import FULL, QUICK, conduct
@@ -105,6 +106,14 @@ def test_killed_study_continues_to_the_same_numbers(quick, cli, tmp_path, monkey
     assert temperature_run(TEMPERATURE) not in trained, "a finished run should not be repeated"
     assert objective_run("distribution", "batch") in trained
     assert without_times(record) == without_times(read(quick))
+
+    trained.clear()
+    one, *_ = (path.parent for path in tmp_path.rglob("anomaly.json"))
+    scores = (one / "anomaly.json").read_text()
+    (one / FILE_NAME).unlink()
+    (one / "anomaly.json").write_text(scores.replace('"classes": [', '"classes": [{},'))
+    assert without_times(conduct(QUICK, tmp_path, say=lambda line: None)) == without_times(record)
+    assert {*trained} == {one.name}, "the scores of a run whose checkpoint is gone should not count"
 
     trained.clear()
     torch.set_num_threads(2)

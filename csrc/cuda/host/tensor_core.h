@@ -14,8 +14,8 @@
 
 namespace emulator {
 
-// How many products are added at once, and how many extra bits are kept. With a `block` of 0, sums are rounded to
-// nearest, which no real chip does.
+// How many products are added at once, and how many extra bits are kept. If `block` is 0 or some number is not finite,
+// sums are rounded to nearest, which no NVIDIA chip does.
 struct TensorCore {
     int block = 0, extra_bits = 0;
 };

@@ -24,9 +24,10 @@ from .measure import NEIGHBOURS
 from .pictures import Features
 from .plan import TEMPERATURE, Plan, temperature_run
 from .report import write_report
-from .runs import Record, open_trainer, read, train, write
+from .runs import Record, open_trainer, recorded, train, write
 
 RECORD = "study.json"
+ANOMALIES = "anomaly.json"
 RETRIEVED = 10
 
 
@@ -46,7 +47,7 @@ def conduct(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = p
         The content of study.json.
 
     Raises:
-        ValueError: `out` holds runs with a different plan or seed.
+        ValueError: `out` holds one of the runs with different settings, for example another seed.
         ImportError: a package is missing.
         TrainingError: see `Trainer.fit`.
     """
@@ -133,12 +134,11 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
     Returns:
         One record for each class of the group: its AUROC by representation, and its share of the run time.
     """
-    path = config.out / "anomaly.json"
+    done = recorded(config, ANOMALIES)
     wall, cpu = time.perf_counter(), time.process_time()
     known = without(data, group)
     trainer = open_trainer(config, known)
     trainer.fit()
-    done = read(path)
     if done:
         return done["classes"]
     features = representations(trainer.model, config, known)
@@ -157,7 +157,7 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     for row in rows:  # the group's classes share one encoder, so divide the time
         row["seconds"] = {"wall": wall / len(group), "cpu": cpu / len(group)}
-    write(path, {"classes": rows})
+    write(config.out / ANOMALIES, {"classes": rows})
     return rows
 
 

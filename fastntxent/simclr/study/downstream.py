@@ -20,7 +20,7 @@ Scores = dict[str, float]
 def cluster(known: Tensor, unknown: Tensor, count: int) -> Tensor:
     """Fit k-means to the unit rows of `known` (the best of 10 starts). Return the cluster of each row of `unknown`."""
     kmeans = require("sklearn.cluster").KMeans(count, n_init=10, random_state=0)
-    with warnings.catch_warnings():  # fewer distinct rows than clusters: a collapsed encoder is not an error
+    with warnings.catch_warnings():  # a collapsed encoder may give fewer distinct rows than clusters: not an error
         warnings.simplefilter("ignore", require("sklearn.exceptions").ConvergenceWarning)
         kmeans.fit(unit_rows(known).numpy())
     return torch.from_numpy(kmeans.predict(unit_rows(unknown).numpy())).long()

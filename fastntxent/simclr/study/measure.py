@@ -109,7 +109,7 @@ def effective_negatives(z_i: Tensor, z_j: Tensor, temperature: float) -> float:
 
 
 def _summary(sims: Tensor) -> dict[str, Any]:
-    if len(sims) == 0:  # no two test images share a class
+    if len(sims) == 0:  # no two test images share a class, or all of them do
         return {"mean": 0.0, "std": 0.0, "histogram": [0] * BINS}
     histogram = torch.histc(sims.clamp(-1, 1), BINS, -1, 1).long().tolist()
     return {"mean": float(sims.mean()), "std": float(sims.std(correction=0)), "histogram": histogram}

@@ -45,8 +45,8 @@ SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     }),
     ("The temperature", "temperatures", {
         "temperature.svg": "Measures at the end of training against the temperature.",
-        "spread.svg": "Cosine similarities of pairs after training, one histogram for each temperature. At a small "
-        "temperature, the loss pushes even the most similar images apart. At a large one, they stay close together.",
+        "spread.svg": "Cosine similarities of pairs after training, one histogram for each temperature. The "
+        "larger the temperature, the more pairs of the same class stand out from pairs of other classes.",
     }),
     ("Clusters and nearest images", "uses", {
         "uses.svg": "The trained encoder, compared with the untrained encoder and with raw pixels.",

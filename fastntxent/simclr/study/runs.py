@@ -38,10 +38,7 @@ def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Rec
         TrainingError: see `Trainer.fit`.
     """
     path = config.out / RECORD
-    # A checkpoint is written before the measurements of its epoch, so a record without a checkpoint is left from
-    # another run.
-    record = read(path) if (config.out / FILE_NAME).exists() else None
-    record = record or {"curves": {"epoch": []}, "end": {}, "seconds": {"wall": 0.0, "cpu": 0.0}}
+    record = recorded(config, RECORD) or {"curves": {"epoch": []}, "end": {}, "seconds": {"wall": 0.0, "cpu": 0.0}}
     trainer = open_trainer(config, data)
     for epoch in measured:
         if epoch in record["curves"]["epoch"]:
@@ -63,6 +60,15 @@ def open_trainer(config: Config, data: ImageData) -> Trainer:
     """Return the trainer of a run, resumed from its checkpoint if there is one."""
     started = (config.out / FILE_NAME).exists()
     return Trainer(replace(config, resume="auto") if started else config, data)
+
+
+def recorded(config: Config, name: str) -> Record | None:
+    """Return a record of a run that was started earlier, or None if there is none. Call it before the run is opened.
+
+    A checkpoint is written before the measurements of its epoch, so a record without a checkpoint is left from another
+    run, and does not count.
+    """
+    return read(config.out / name) if (config.out / FILE_NAME).exists() else None
 
 
 def read(path: Path) -> Record | None:
