@@ -127,8 +127,9 @@ def trips_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
     """
     code = report.machine_code
     trips = (1.0,) * (code.depth - len(work.trips)) + work.trips[: code.depth]
-    if _unrolled(code.main, report) > 1 and code.depth >= len(work.trips) > 0:
-        trips = (*trips[:-1], max(0.0, trips[-1] - _unrolled(code.around_main, report)) / _unrolled(code.main, report))
+    unrolled, rest = _unrolled(code.main, report), _unrolled(code.around_main, report)
+    if unrolled > 1 and code.depth >= len(work.trips) > 0:
+        trips = (*trips[:-1], max(0.0, trips[-1] - rest) / unrolled)
     found, wanted = code.total(trips, lambda region: region.flops) * report.warps, work.flops / work.programs
     right = not code.main.flops or 0.7 < found / wanted < 2.1
     assert right, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
